@@ -24,35 +24,40 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 DATA = Path(__file__).parent / "data" / "families"
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-YARN = dict(
-    rope_type="yarn",
-    rope_theta=500.0,
-    factor=4.0,
-    original_max_position_embeddings=64,
-    beta_fast=2.0,
-    beta_slow=0.5,
-)
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=500.0,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-GEMMA = dict(head_dim=16, query_pre_attn_scalar=24, hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-3)
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GEMMA = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "rms_norm_eps": 1e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -95,115 +100,161 @@ def zero_biases(model):
 FAMILIES = {
     "llama": Family(
         "llama",
-        dict(num_key_value_heads=4, tie_word_embeddings=False, rms_norm_eps=1e-3),
-        {"eps": dict(rms_norm_eps=1e-6)},
+        {"num_key_value_heads": 4, "tie_word_embeddings": False, "rms_norm_eps": 1e-3},
+        {"eps": {"rms_norm_eps": 1e-6}},
         max_shard_size="48KB",
     ),
     "llama3": Family(
         "llama",
-        dict(num_attention_heads=8, head_dim=8, rope_parameters=LLAMA3, tie_word_embeddings=True),
-        {"scaling": dict(rope_parameters=dict(rope_type="default", rope_theta=500.0))},
+        {
+            "num_attention_heads": 8,
+            "head_dim": 8,
+            "rope_parameters": LLAMA3,
+            "tie_word_embeddings": True,
+        },
+        {"scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}},
         n_tokens=80,
     ),
     "llama_linear": Family(
         "llama",
-        dict(
-            rope_parameters=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
-            attention_bias=True,
-            tie_word_embeddings=True,
-        ),
-        {"scaling": dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)), "bias": zero_biases},
+        {
+            "rope_parameters": {
+                "rope_type": "linear",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+            },
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        {
+            "scaling": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}
+            },
+            "bias": zero_biases,
+        },
     ),
     "llama_yarn": Family(
         "llama",
-        dict(rope_parameters=YARN, head_dim=16, tie_word_embeddings=True),
+        {"rope_parameters": YARN, "head_dim": 16, "tie_word_embeddings": True},
         {
-            "scaling": dict(rope_parameters=dict(rope_type="default", rope_theta=500.0)),
-            "attention factor": dict(rope_parameters=YARN | dict(attention_factor=1.0)),
-            "beta_fast": dict(rope_parameters=YARN | dict(beta_fast=32.0)),
-            "beta_slow": dict(rope_parameters=YARN | dict(beta_slow=1.0)),
+            "scaling": {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}
+            },
+            "attention factor": {"rope_parameters": YARN | {"attention_factor": 1.0}},
+            "beta_fast": {"rope_parameters": YARN | {"beta_fast": 32.0}},
+            "beta_slow": {"rope_parameters": YARN | {"beta_slow": 1.0}},
         },
         n_tokens=80,
         hub_names=False,
     ),
     "mistral": Family(
         "mistral",
-        dict(sliding_window=12, tie_word_embeddings=False),
-        {"window": dict(sliding_window=None), "window by one": dict(sliding_window=13)},
+        {"sliding_window": 12, "tie_word_embeddings": False},
+        {"window": {"sliding_window": None}, "window by one": {"sliding_window": 13}},
     ),
     "qwen2": Family(
         "qwen2",
-        dict(tie_word_embeddings=True),
+        {"tie_word_embeddings": True},
         {"bias": zero_biases},
-        hub_extra=dict(sliding_window=12, use_sliding_window=False, max_window_layers=1),
+        hub_extra={
+            "sliding_window": 12,
+            "use_sliding_window": False,
+            "max_window_layers": 1,
+        },
     ),
     "qwen2_window": Family(
         "qwen2",
-        dict(sliding_window=12, use_sliding_window=True, max_window_layers=1, tie_word_embeddings=False),
-        {"window": dict(use_sliding_window=False), "full layer 0": dict(max_window_layers=0)},
+        {
+            "sliding_window": 12,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "tie_word_embeddings": False,
+        },
+        {
+            "window": {"use_sliding_window": False},
+            "full layer 0": {"max_window_layers": 0},
+        },
     ),
     "qwen3": Family(
         "qwen3",
-        dict(head_dim=16, tie_word_embeddings=True),
+        {"head_dim": 16, "tie_word_embeddings": True},
         {"qk-norm": drop_modules("q_norm", "k_norm")},
         hub_names=False,
     ),
     "gemma2": Family(
         "gemma2",
-        GEMMA | dict(sliding_window=12, attn_logit_softcapping=2.0, final_logit_softcapping=3.0),
+        GEMMA
+        | {
+            "sliding_window": 12,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
         {
-            "attention soft-cap": dict(attn_logit_softcapping=None),
-            "final soft-cap": dict(final_logit_softcapping=None),
-            "window": dict(sliding_window=4096),
-            "query scale": dict(query_pre_attn_scalar=16),
-            "activation": dict(hidden_activation="silu"),
+            "attention soft-cap": {"attn_logit_softcapping": None},
+            "final soft-cap": {"final_logit_softcapping": None},
+            "window": {"sliding_window": 4096},
+            "query scale": {"query_pre_attn_scalar": 16},
+            "activation": {"hidden_activation": "silu"},
         },
     ),
     "gemma3": Family(
         "gemma3_text",
         GEMMA
-        | dict(
-            num_hidden_layers=4,
-            sliding_window=12,
-            sliding_window_pattern=3,
-            rope_parameters=dict(
-                full_attention=dict(rope_type="linear", rope_theta=2000.0, factor=8.0),
-                sliding_attention=dict(rope_type="default", rope_theta=100.0),
-            ),
-        ),
+        | {
+            "num_hidden_layers": 4,
+            "sliding_window": 12,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "linear",
+                    "rope_theta": 2000.0,
+                    "factor": 8.0,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
         {
-            "window": dict(sliding_window=4096),
-            "local rope": dict(
-                rope_parameters=dict(
-                    full_attention=dict(rope_type="linear", rope_theta=2000.0, factor=8.0),
-                    sliding_attention=dict(rope_type="default", rope_theta=2000.0),
-                )
-            ),
-            "global scaling": dict(
-                rope_parameters=dict(
-                    full_attention=dict(rope_type="default", rope_theta=2000.0),
-                    sliding_attention=dict(rope_type="default", rope_theta=100.0),
-                )
-            ),
+            "window": {"sliding_window": 4096},
+            "local rope": {
+                "rope_parameters": {
+                    "full_attention": {
+                        "rope_type": "linear",
+                        "rope_theta": 2000.0,
+                        "factor": 8.0,
+                    },
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 2000.0},
+                }
+            },
+            "global scaling": {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 2000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                }
+            },
             "qk-norm": drop_modules("q_norm", "k_norm"),
-            "post norms": drop_modules("post_attention_layernorm", "post_feedforward_layernorm"),
-            "query scale": dict(query_pre_attn_scalar=16),
+            "post norms": drop_modules(
+                "post_attention_layernorm", "post_feedforward_layernorm"
+            ),
+            "query scale": {"query_pre_attn_scalar": 16},
         },
     ),
     "gemma3_softcap": Family(  # transformers 5.2 reads the final cap only: it never passes the attention cap on
         "gemma3_text",
         GEMMA
-        | dict(
-            num_key_value_heads=1,
-            sliding_window=12,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-            final_logit_softcapping=3.0,
-            rope_parameters=dict(
-                full_attention=dict(rope_type="default", rope_theta=2000.0),
-                sliding_attention=dict(rope_type="default", rope_theta=100.0),
-            ),
-        ),
-        {"final soft-cap": dict(final_logit_softcapping=None), "window": dict(sliding_window=4096)},
+        | {
+            "num_key_value_heads": 1,
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 2000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        {
+            "final soft-cap": {"final_logit_softcapping": None},
+            "window": {"sliding_window": 4096},
+        },
         hub_names=False,
     ),
 }
@@ -213,7 +264,9 @@ def build(family: Family, changes: dict | None = None) -> torch.nn.Module:
     """Returns the family's model with weights drawn from seed 0, in float32 and eager attention."""
     settings = SIZES | family.settings | (changes or {})
     config = AutoConfig.for_model(family.model_type, **settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, attn_implementation="eager"
+    )
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.25
@@ -272,13 +325,17 @@ def make(name: str, family: Family):
     """Writes one golden folder and prints what its logits are sensitive to."""
     folder = DATA / name
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, SIZES["vocab_size"], (2, family.n_tokens), generator=generator)
+    ids = torch.randint(
+        0, SIZES["vocab_size"], (2, family.n_tokens), generator=generator
+    )
     save(build(family), family, folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     logits = logits_of(model, ids)
-    np.savez_compressed(folder / "logits.npz", ids=ids.numpy().astype(np.int32), logits=logits)
+    np.savez_compressed(
+        folder / "logits.npz", ids=ids.numpy().astype(np.int32), logits=logits
+    )
     as_built = np.abs(logits - logits_of(build(family), ids)).max()
     rounding = np.abs(logits - logits_of(model.double(), ids)).max()
     size = sum(p.stat().st_size for p in folder.iterdir()) / 1000
@@ -286,7 +343,9 @@ def make(name: str, family: Family):
         f"{name}: {size:.0f} kB, logits std {logits.std():.2f}, file {as_built:.1e}, float64 {rounding:.1e}"
     )
     for feature in family.off:
-        print(f"    without {feature}: {np.abs(logits - without(family, feature, ids)).max():.3f}")
+        print(
+            f"    without {feature}: {np.abs(logits - without(family, feature, ids)).max():.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ import pytest
 
 import kvjax
 
-FOLDERS = sorted(p for p in (Path(__file__).parent / "data" / "families").iterdir() if p.is_dir())
+FOLDERS = sorted(
+    p for p in (Path(__file__).parent / "data" / "families").iterdir() if p.is_dir()
+)
 TOLERANCE = 1e-4  # absolute, on logits of standard deviation 1.2 to 1.6; float32 against float64 is 2e-5
 
 
@@ -15,7 +17,11 @@ TOLERANCE = 1e-4  # absolute, on logits of standard deviation 1.2 to 1.6; float3
 def golden(request):
     """The model of one folder in float32, its token ids [B T] and the peer's logits [B T V]."""
     with np.load(request.param / "logits.npz") as file:
-        return kvjax.load(str(request.param), dtype="float32"), file["ids"], file["logits"]
+        return (
+            kvjax.load(str(request.param), dtype="float32"),
+            file["ids"],
+            file["logits"],
+        )
 
 
 def test_logits_equal_transformers(golden):
