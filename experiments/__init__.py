@@ -1,0 +1,1 @@
+"""Experiments: what produces the figures, and the results files that hold them."""
