@@ -127,9 +127,7 @@ FAMILIES = {
             "tie_word_embeddings": True,
         },
         {
-            "scaling": {
-                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}
-            },
+            "scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
             "bias": zero_biases,
         },
     ),
@@ -137,9 +135,7 @@ FAMILIES = {
         "llama",
         {"rope_parameters": YARN, "head_dim": 16, "tie_word_embeddings": True},
         {
-            "scaling": {
-                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}
-            },
+            "scaling": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
             "attention factor": {"rope_parameters": YARN | {"attention_factor": 1.0}},
             "beta_fast": {"rope_parameters": YARN | {"beta_fast": 32.0}},
             "beta_slow": {"rope_parameters": YARN | {"beta_slow": 1.0}},
@@ -232,13 +228,12 @@ FAMILIES = {
                 }
             },
             "qk-norm": drop_modules("q_norm", "k_norm"),
-            "post norms": drop_modules(
-                "post_attention_layernorm", "post_feedforward_layernorm"
-            ),
+            "post norms": drop_modules("post_attention_layernorm", "post_feedforward_layernorm"),
             "query scale": {"query_pre_attn_scalar": 16},
         },
     ),
-    "gemma3_softcap": Family(  # transformers 5.2 reads the final cap only: it never passes the attention cap on
+    # Only the final cap: transformers 5.2 never passes Gemma 3's attention cap on to attention.
+    "gemma3_softcap": Family(
         "gemma3_text",
         GEMMA
         | {
@@ -264,9 +259,7 @@ def build(family: Family, changes: dict | None = None) -> torch.nn.Module:
     """Returns the family's model with weights drawn from seed 0, in float32 and eager attention."""
     settings = SIZES | family.settings | (changes or {})
     config = AutoConfig.for_model(family.model_type, **settings)
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.float32, attn_implementation="eager"
-    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.25
@@ -325,17 +318,13 @@ def make(name: str, family: Family):
     """Writes one golden folder and prints what its logits are sensitive to."""
     folder = DATA / name
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(
-        0, SIZES["vocab_size"], (2, family.n_tokens), generator=generator
-    )
+    ids = torch.randint(0, SIZES["vocab_size"], (2, family.n_tokens), generator=generator)
     save(build(family), family, folder)
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()
     logits = logits_of(model, ids)
-    np.savez_compressed(
-        folder / "logits.npz", ids=ids.numpy().astype(np.int32), logits=logits
-    )
+    np.savez_compressed(folder / "logits.npz", ids=ids.numpy().astype(np.int32), logits=logits)
     as_built = np.abs(logits - logits_of(build(family), ids)).max()
     rounding = np.abs(logits - logits_of(model.double(), ids)).max()
     size = sum(p.stat().st_size for p in folder.iterdir()) / 1000
@@ -343,9 +332,7 @@ def make(name: str, family: Family):
         f"{name}: {size:.0f} kB, logits std {logits.std():.2f}, file {as_built:.1e}, float64 {rounding:.1e}"
     )
     for feature in family.off:
-        print(
-            f"    without {feature}: {np.abs(logits - without(family, feature, ids)).max():.3f}"
-        )
+        print(f"    without {feature}: {np.abs(logits - without(family, feature, ids)).max():.3f}")
 
 
 if __name__ == "__main__":

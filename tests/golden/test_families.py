@@ -7,9 +7,7 @@ import pytest
 
 import kvjax
 
-FOLDERS = sorted(
-    p for p in (Path(__file__).parent / "data" / "families").iterdir() if p.is_dir()
-)
+FOLDERS = sorted(p for p in (Path(__file__).parent / "data" / "families").iterdir() if p.is_dir())
 TOLERANCE = 1e-4  # absolute, on logits of standard deviation 1.2 to 1.6; float32 against float64 is 2e-5
 
 
