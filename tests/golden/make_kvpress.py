@@ -91,7 +91,7 @@ def gap(scores: torch.Tensor, n_kept: int) -> float:
 
 
 def run(model, press, ids: torch.Tensor, next_ids: torch.Tensor, hidden: torch.Tensor):
-    """Returns scores [L K T], kept [L K n_kept], next logits [n_next V] and the narrowest gap of one press."""
+    """Returns one press's scores [L K T], kept [L K n_kept], next logits [n_next V] and narrowest gap."""
     scores, kept = record(press)
     cache = DynamicCache()
     with press(model):
