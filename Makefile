@@ -83,8 +83,8 @@ clean:  ## remove the environments and the caches of the tools
 $(VENV)/.installed: $(LOCKS) pyproject.toml
 	@echo "Setting up $(VENV) with $(PY): about a minute, under 1 GB for CPU"
 	@$(BIN)/python -c "" 2>/dev/null || $(PY) -m venv --clear $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(NO_DEPS) $(LOCKS:%=-r %)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(NO_DEPS) $(LOCKS:%=-r %)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # One universal lock: environment markers choose by Python and platform. The accelerators' locks
@@ -93,7 +93,7 @@ COMPILE := .venv/lock/bin/uv pip compile pyproject.toml --quiet --universal --py
   --extra test --no-header --no-annotate --no-emit-index-url --no-emit-find-links $(ARGS)
 
 lock:  ## resolve the dependencies anew into requirements/ (ARGS=--upgrade for newer ones)
-	@[ -x .venv/lock/bin/uv ] || { $(PY) -m venv --clear .venv/lock && .venv/lock/bin/python -m pip install --quiet uv; }
+	@[ -x .venv/lock/bin/uv ] || { $(PY) -m venv --clear .venv/lock && .venv/lock/bin/python -m pip install -qq uv; }
 	@mkdir -p requirements
 	@$(COMPILE) --output-file requirements/cpu.txt
 	@for extra in cuda tpu; do \

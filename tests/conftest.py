@@ -1,0 +1,30 @@
+"""Sets up every test run: JAX on CPU, shapes checked at run time, one model loaded once."""
+
+import os
+
+import platformdirs
+import pytest
+from hypothesis import settings
+
+# JAX reads these when it is imported. On an accelerator: JAX_PLATFORMS=cuda (or tpu) make test.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(platformdirs.user_cache_path("kvjax") / "xla-tests"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+
+from jaxtyping import install_import_hook
+
+# Before any of our modules is imported, and for the test run only.
+install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
+
+settings.register_profile("dev", deadline=None, max_examples=20)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M-Instruct in float32, the model that the reference outputs are of."""
+    import kvjax
+
+    return kvjax.load("smollm2-135m", dtype="float32")
