@@ -1,0 +1,26 @@
+"""kvjax: long-context LLM inference in JAX when memory is the wall."""
+
+from kvjax.debug import debug
+from kvjax.generate import Completion, generate, stream
+from kvjax.loop import decode, decode_step, pad, prefill
+from kvjax.method import CacheMethod, chain
+from kvjax.methods import METHODS
+from kvjax.model import Model, load
+from kvjax.sampling import Sampling
+
+__all__ = [
+    "METHODS",
+    "CacheMethod",
+    "Completion",
+    "Model",
+    "Sampling",
+    "chain",
+    "debug",
+    "decode",
+    "decode_step",
+    "generate",
+    "load",
+    "pad",
+    "prefill",
+    "stream",
+]

@@ -1,0 +1,244 @@
+"""Holds the KV state of one layer: one frozen pytree of packed slots, and the operations on it.
+
+Heads lie one after the other on the packed axis R = ΣS, so each KV head may have a capacity of
+its own and memory is the sum. `mass` is what a slot stands for: 0 nothing, 1 a token, n a merged
+cluster of n tokens; attention adds log(mass) to its logits, so validity, ragged lengths and
+centroid weights are one field. `pos` is the slot's rotary position: a slot is not a position.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from kvjax import storage
+from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.rope import rotate
+from kvjax.shapes import Packed, Positions, Slots, Tokens
+from pallas_kernels.backend import debug_check
+
+__all__ = ["KV", "Layer", "Run", "allocate", "append", "count", "keep", "newest", "runs", "starts", "take", "view", "widen"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What attention of one layer needs to know; equal layers compile once.
+
+    window: tokens a query sees including itself, None for all.
+    """
+
+    n_kv_heads: int
+    group: int
+    head_dim: int
+    rope: RopeConfig
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig, index: int) -> "Layer":
+        """Takes the settings of layer `index` from a model's configuration."""
+        return cls(
+            n_kv_heads=config.n_kv_heads,
+            group=config.group,
+            head_dim=config.head_dim,
+            rope=config.rope_of(index),
+            scale=config.query_scale,
+            softcap=config.attn_softcap,
+            window=config.layer_windows[index],
+        )
+
+
+@struct.dataclass
+class KV:
+    """KV state of one layer. Arrays are leaves, the rest is static."""
+
+    k: Any  # [B R D], or a quantised store
+    v: Any  # [B R D], or a quantised store
+    pos: jax.Array  # [B R] int32, rotary position of the slot
+    mass: jax.Array  # [B R] float32, tokens the slot stands for
+    fill: jax.Array  # [B K] int32, next free slot of the head
+    seen: jax.Array  # [B] int32, tokens consumed
+    aux: Any  # the method's own index
+    layer: Layer = struct.field(pytree_node=False)
+    slots: tuple[int, ...] = struct.field(pytree_node=False)  # [K] capacity of each head
+    rotated: bool = struct.field(pytree_node=False)  # keys are stored rotated by pos
+
+
+class Run(NamedTuple):
+    """Neighbouring heads of equal capacity: they share one dense view."""
+
+    head: int  # first KV head
+    n: int  # heads
+    row: int  # first packed row
+    size: int  # slots per head
+
+
+def runs(slots: Sequence[int], *more: Sequence[Any]) -> list[Run]:
+    """Splits the heads into runs of equal capacity (and of equal values in `more`)."""
+    keys = list(zip(slots, *more, strict=True))
+    found, row = [], 0
+    for head, key in enumerate(keys):
+        if head and key == keys[head - 1]:
+            found[-1] = found[-1]._replace(n=found[-1].n + 1)
+        else:
+            found.append(Run(head, 1, row, slots[head]))
+        row += slots[head]
+    return found
+
+
+def starts(slots: Sequence[int]) -> np.ndarray:
+    """Returns the first packed row of each head, [K]."""
+    return np.concatenate([[0], np.cumsum(slots)[:-1]]).astype(np.int32)
+
+
+def view(x: Array, run: Run) -> Array:
+    """Views the packed rows of a run as [B n S ...]."""
+    rows = x[:, run.row : run.row + run.n * run.size]
+    return rows.reshape(x.shape[0], run.n, run.size, *x.shape[2:])
+
+
+def allocate(layer: Layer, batch: int, slots: Sequence[int], dtype: Any, *, rotated: bool = True) -> KV:
+    """Makes an empty state with the given capacity per KV head.
+
+    Raises:
+        ValueError: where there is not one positive capacity per KV head.
+    """
+    slots = tuple(int(s) for s in slots)
+    if len(slots) != layer.n_kv_heads or min(slots) < 1:
+        raise ValueError(f"a layer has one capacity of at least 1 per KV head, got {slots=} for {layer.n_kv_heads=}")
+    rows = sum(slots)
+    return KV(
+        k=jnp.zeros((batch, rows, layer.head_dim), dtype),
+        v=jnp.zeros((batch, rows, layer.head_dim), dtype),
+        pos=jnp.zeros((batch, rows), jnp.int32),
+        mass=jnp.zeros((batch, rows), jnp.float32),
+        fill=jnp.zeros((batch, layer.n_kv_heads), jnp.int32),
+        seen=jnp.zeros((batch,), jnp.int32),
+        aux=None,
+        layer=layer,
+        slots=slots,
+        rotated=rotated,
+    )
+
+
+def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
+    """Writes T un-rotated tokens to the next free slots of every head.
+
+    Tokens with pos < 0 are padding and take no slot. A token that finds no room is dropped, and
+    under `kvjax.debug` raises; it never slides over others.
+
+    Returns: the state, and the packed row of each token (R where nothing was written).
+
+    Cost: writes 2·B·K·T·D elements; the donated state is updated in place.
+    """
+    rows = kv.pos.shape[1]
+    valid = pos >= 0
+    order = jnp.cumsum(valid, axis=1) - 1
+    slot = kv.fill[:, :, None] + order[:, None, :]  # [B K T]
+    room = slot < jnp.asarray(kv.slots)[None, :, None]
+    debug_check(jnp.all(room | ~valid[:, None, :]), "the KV cache overflows: allocate more slots or compress sooner")
+    written = valid[:, None, :] & room
+    idx = jnp.where(written, slot + starts(kv.slots)[None, :, None], rows)
+    if kv.rotated:
+        k = rotate(k, jnp.broadcast_to(pos[:, :, None], k.shape[:3]), kv.layer.rope)
+    batch = jnp.arange(pos.shape[0])[:, None, None]
+    spread = jnp.broadcast_to(pos[:, None, :], idx.shape)
+    mass = kv.mass.at[batch, idx].set(1.0, mode="drop")
+    fill = jnp.minimum(kv.fill + valid.sum(1, dtype=jnp.int32)[:, None], jnp.asarray(kv.slots, jnp.int32))
+    kv = kv.replace(
+        k=storage.write(kv.k, idx, jnp.swapaxes(k, 1, 2), mass),
+        v=storage.write(kv.v, idx, jnp.swapaxes(v, 1, 2), mass),
+        pos=kv.pos.at[batch, idx].set(spread, mode="drop"),
+        mass=mass,
+        fill=fill,
+        seen=kv.seen + valid.sum(1, dtype=jnp.int32),
+    )
+    return kv, idx
+
+
+def take(x: Array, idx: Int[Array, "B Q"], fill_value: float = 0) -> Array:
+    """Gathers packed rows; idx -1 gives `fill_value`."""
+    at = idx.reshape(idx.shape + (1,) * (x.ndim - 2))
+    rows = jnp.take_along_axis(x, jnp.maximum(at, 0), axis=1)
+    return jnp.where(at >= 0, rows, jnp.asarray(fill_value, x.dtype))
+
+
+def keep(kv: KV, score: Packed, n_keep: Sequence[int], slots: Sequence[int]) -> tuple[KV, Int[Array, "B Q"]]:
+    """Keeps the n_keep[head] slots of highest score in a state of capacity `slots`.
+
+    Survivors stand in order of position, empty slots last. Ties go to the earlier slot.
+
+    Returns: the state (aux untouched, storage dense), and for each new packed row the old one
+    (-1 = empty), by which a method carries its own per-slot arrays along with `take`.
+    """
+    new, row = [], 0
+    valid = kv.mass > 0
+    ranked = jnp.where(valid, score, -jnp.inf)
+    for run in runs(kv.slots, n_keep, slots):
+        size = slots[run.head]
+        n = min(n_keep[run.head], size, run.size)
+        _, best = jax.lax.top_k(view(ranked, run), n)  # [B n_heads n]
+        alive = jnp.take_along_axis(view(valid, run), best, -1)
+        when = jnp.where(alive, jnp.take_along_axis(view(kv.pos, run), best, -1), jnp.iinfo(jnp.int32).max)
+        order = jnp.argsort(when, axis=-1, stable=True)
+        offset = run.row + jnp.arange(run.n)[None, :, None] * run.size
+        old = jnp.where(alive, best + offset, -1)
+        old = jnp.take_along_axis(old, order, -1)
+        old = jnp.pad(old, ((0, 0), (0, 0), (0, size - n)), constant_values=-1)
+        new.append(old.reshape(old.shape[0], -1))
+        row += run.n * size
+    idx = jnp.concatenate(new, axis=1)
+    moved = kv.replace(
+        k=take(storage.read(kv.k), idx),
+        v=take(storage.read(kv.v), idx),
+        pos=take(kv.pos, idx),
+        mass=take(kv.mass, idx),
+        slots=tuple(slots),
+    )
+    return moved.replace(fill=count(moved)), idx
+
+
+def count(kv: KV) -> Int[Array, "B K"]:
+    """Counts the occupied slots of each head."""
+    parts = [(view(kv.mass, run) > 0).sum(-1, dtype=jnp.int32) for run in runs(kv.slots)]
+    return jnp.concatenate(parts, axis=1)
+
+
+def newest(kv: KV) -> Int[Array, "B K"]:
+    """Returns the slot of the newest token of each head."""
+    parts = []
+    for run in runs(kv.slots):
+        when = jnp.where(view(kv.mass, run) > 0, view(kv.pos, run), -1)
+        parts.append(jnp.argmax(when, axis=-1))
+    return jnp.concatenate(parts, axis=1)
+
+
+def widen(kv: KV, slots: Sequence[int]) -> tuple[KV, Int[Array, "B Q"]]:
+    """Grows every head to `slots`, with all the new slots free and `fill` at the first of them.
+
+    Holes left by eviction stay empty. Returns the state and the old packed rows, as `keep`.
+    """
+    parts = []
+    for run in runs(kv.slots, slots):
+        size = slots[run.head]
+        old = run.row + np.arange(run.n * run.size).reshape(run.n, run.size)
+        parts.append(np.pad(old, ((0, 0), (0, size - run.size)), constant_values=-1).reshape(-1))
+    idx = jnp.broadcast_to(np.concatenate(parts), (kv.pos.shape[0], sum(slots)))
+    last = [
+        jnp.max(jnp.where(view(kv.mass, run) > 0, jnp.arange(1, run.size + 1), 0), -1) for run in runs(kv.slots)
+    ]
+    grown = kv.replace(
+        k=take(storage.read(kv.k), idx),
+        v=take(storage.read(kv.v), idx),
+        pos=take(kv.pos, idx),
+        mass=take(kv.mass, idx),
+        fill=jnp.concatenate(last, axis=1).astype(jnp.int32),
+        slots=tuple(slots),
+    )
+    return grown, idx

@@ -1,0 +1,139 @@
+"""Continues prompts: text or token ids in, text out."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from kvjax.loop import State, decode, pad, prefill
+from kvjax.method import CacheMethod
+from kvjax.methods.full import Full
+from kvjax.model import Model
+from kvjax.sampling import Sampling
+
+__all__ = ["Completion", "generate", "stream"]
+
+_BLOCK = 16  # tokens per compiled call
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation. finish: "stop" (a stop token was drawn) or "length"."""
+
+    text: str
+    ids: tuple[int, ...]
+    finish: str
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]] | str,
+    method: CacheMethod = Full(),  # noqa: B008  frozen
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    stop: Sequence[int] | None = None,
+    seed: int = 0,
+    compress: str = "end",
+) -> list[Completion]:
+    """Continues a batch of prompts of any lengths.
+
+    Args:
+        method: how the KV cache is held; `chain` composes several.
+        stop: token ids that end a row; None takes the model's own.
+        compress: "end" or "chunk", see `prefill`.
+
+    Raises:
+        ValueError: for an empty prompt, ids outside the vocabulary, a prompt that leaves no room
+            in the model's context, or max_new_tokens below 1.
+
+    Example:
+        >>> import kvjax
+        >>> model = kvjax.load("smollm2-135m")
+        >>> kvjax.generate(model, "The capital of France is", max_new_tokens=2)[0].text
+        ' Paris.'
+    """
+    rows: list[list[int]] = []
+    steps = stream(
+        model, prompts, method, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed, compress=compress
+    )
+    stops = _stops(model, stop)
+    for step in steps:
+        rows = rows or [[] for _ in step]
+        for row, token in zip(rows, step, strict=True):
+            if token is not None:
+                row.append(token)
+    done = []
+    for row in rows:
+        ended = bool(row) and row[-1] in stops
+        ids = row[:-1] if ended else row
+        text = model.tokenizer.decode(ids) if model.tokenizer else ""
+        done.append(Completion(text, tuple(ids), "stop" if ended else "length"))
+    return done
+
+
+def stream(
+    model: Model,
+    prompts: Sequence[str] | Sequence[Sequence[int]] | str,
+    method: CacheMethod = Full(),  # noqa: B008
+    *,
+    max_new_tokens: int = 64,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    stop: Sequence[int] | None = None,
+    seed: int = 0,
+    compress: str = "end",
+) -> Iterator[list[int | None]]:
+    """Yields the tokens of each step, one per row, None where a row has ended.
+
+    Arguments and errors as `generate`. Tokens arrive in blocks, since several steps run in one
+    compiled call.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"at least one token is generated, got {max_new_tokens=}")
+    ids = pad(_encode(model, prompts))
+    context = model.config.context_length
+    if ids.shape[1] + max_new_tokens > context:
+        raise ValueError(
+            f"prompt and new tokens fit the context of {context} tokens, got {ids.shape[1]} + {max_new_tokens}"
+        )
+    logits, state = prefill(model, ids, method, room=max_new_tokens, compress=compress)
+    return _blocks(model, logits, state, method, max_new_tokens, sampling, (_stops(model, stop), seed))
+
+
+def _blocks(
+    model: Model, logits: jax.Array, state: State, method: CacheMethod, left: int, sampling: Sampling, ending: tuple
+) -> Iterator[list[int | None]]:
+    """Decodes block by block until all rows have ended."""
+    stops, seed = ending
+    forced = np.full((logits.shape[0], _BLOCK), -1, np.int32)
+    for block in itertools.count():
+        steps = min(_BLOCK, left)
+        key = jax.random.fold_in(jax.random.key(seed), block)
+        tokens, logits, state, _ = decode(
+            model, logits, state, method, forced, steps=steps, sampling=sampling, stop=stops, key=key
+        )
+        tokens = np.asarray(tokens)[:, :steps]
+        for column in tokens.T:
+            if (column >= 0).any():
+                yield [int(t) if t >= 0 else None for t in column]
+        left -= steps
+        forced = np.where((tokens[:, -1:] < 0) | np.isin(tokens[:, -1:], stops), -2, forced)
+        if left == 0 or (forced == -2).all():
+            return
+
+
+def _stops(model: Model, stop: Sequence[int] | None) -> tuple[int, ...]:
+    """Returns the ids that end a row."""
+    return tuple(stop) if stop is not None else (model.tokenizer.stop_ids if model.tokenizer else ())
+
+
+def _encode(model: Model, prompts: Sequence) -> list[list[int]]:
+    """Returns the token ids of every prompt, none of them empty."""
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [model.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+    empty = [i for i, row in enumerate(rows) if not row]
+    if empty or not rows:
+        raise ValueError(f"a prompt has at least one token, got none in prompts {empty}")
+    return rows

@@ -1,0 +1,254 @@
+"""Reads prompts and takes decode steps: the only loop over tokens.
+
+Prompts are padded on the left, so that all rows end together, and read in chunks; decoding runs
+many steps in one compiled program whose state is donated and updated in place.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax import cache
+from kvjax.cache import KV
+from kvjax.method import CacheMethod
+from kvjax.methods import layers, per_layer
+from kvjax.methods.full import Full
+from kvjax.model import Model
+from kvjax.models.decoder import Decoder
+from kvjax.sampling import Limits, Sampling, sample
+
+__all__ = ["State", "decode", "decode_step", "init_state", "pad", "prefill", "prompt_logits"]
+
+State = tuple[KV, ...]
+_STATIC = ("config", "dtype", "methods", "compress", "last_only", "n_steps", "keep_logits")
+
+
+def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, "B T"]:
+    """Stacks prompts of different lengths, padded with -1 on the left to a multiple of tokens."""
+    length = -(-max(map(len, prompts)) // multiple) * multiple
+    ids = np.full((len(prompts), length), -1, np.int32)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[length - len(prompt) :] = prompt
+    return ids
+
+
+def init_state(model: Model, method: CacheMethod, batch: int, total: int, prompt: int = 0) -> State:
+    """Makes an empty state that serves `total` tokens per row, `prompt` of them read at once.
+
+    Raises:
+        ValueError: where total is larger than the model's context, or a budget is.
+    """
+    context = model.config.context_length
+    if not 0 < total <= context:
+        raise ValueError(f"prompt and new tokens fit the context of {context} tokens, got {total=}")
+    state = []
+    for m, layer in zip(per_layer(method, model.config), layers(model.config), strict=True):
+        if getattr(m, "budget", None) is not None and max(m.budgets(layer)) > context:
+            raise ValueError(f"a budget is at most the context of {context} tokens, got {m.budgets(layer)}")
+        slots = tuple(max(s, prompt) for s in m.slots(layer, total)) if m.evicts else m.slots(layer, total)
+        state.append(m.init(layer, batch, slots, model.dtype))
+    return tuple(state)
+
+
+def prefill(
+    model: Model,
+    ids: Int[np.ndarray, "B T"],
+    method: CacheMethod = Full(),  # noqa: B008  frozen
+    *,
+    room: int = 0,
+    chunk: int = 512,
+    compress: str = "end",
+    state: State | None = None,
+) -> tuple[Float[Array, "B V"], State]:
+    """Reads prompts and compresses them.
+
+    Args:
+        ids: prompts padded with -1 on the left, see `pad`.
+        room: tokens that will follow the prompt.
+        chunk: tokens read at once.
+        compress: "end" compresses when the prompt has been read (the paper of every method here),
+            "chunk" after each chunk, so that memory follows the budget and not the prompt.
+        state: a state to go on from, made by an earlier call with the same method.
+
+    Returns: logits after the last token, and the state.
+
+    Raises:
+        ValueError: for ids outside the vocabulary, an empty batch, prompts that leave no room in
+            the context or in the given state, or another value of `compress`.
+    """
+    ids = _check(model, ids)
+    if compress not in ("end", "chunk"):
+        raise ValueError(f'compress is "end" or "chunk", got {compress=}')
+    chunk = min(chunk, max(16, 1 << (ids.shape[1] - 1).bit_length()))
+    ids = pad([row[row >= 0].tolist() for row in ids], chunk)
+    methods = per_layer(method, model.config)
+    fresh = state is None
+    if fresh:
+        total = min(ids.shape[1] + room, model.config.context_length)
+        state = init_state(model, method, len(ids), total, ids.shape[1] if compress == "end" else 0)
+    elif not all(m.evicts for m in methods):
+        _check_room(state, methods, ids.shape[1])
+    seen = np.asarray(state[0].seen)[:, None]
+    if not fresh and compress == "end":
+        state = _widen(state, methods, ids.shape[1])
+    pos = np.where(ids >= 0, np.cumsum(ids >= 0, axis=1) - 1 + seen, -1).astype(np.int32)
+    for start in range(0, ids.shape[1], chunk):
+        part = slice(start, start + chunk)
+        last = start + chunk == ids.shape[1]
+        if compress == "chunk":
+            state = _widen(state, methods, chunk)
+        logits, state = _read(
+            model.params, ids[:, part], pos[:, part], state,
+            config=model.config, dtype=model.dtype, methods=methods, compress=last or compress == "chunk", last_only=True,
+        )  # fmt: skip
+    return logits[:, 0], state
+
+
+@functools.partial(jax.jit, static_argnames=("methods", "extra"), donate_argnames="state")
+def _widen(state: State, methods: tuple[CacheMethod, ...], extra: int) -> State:
+    """Gives evicting methods `extra` slots per head, and every store its full precision."""
+    new = []
+    for kv, m in zip(state, methods, strict=True):
+        kv, idx = cache.widen(kv, tuple(s + extra * m.evicts for s in kv.slots))
+        new.append(m.moved(kv, idx))
+    return tuple(new)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _read(params: Any, ids: Array, pos: Array, state: State, *, config, dtype, methods, compress, last_only):
+    """Runs one chunk of a prompt."""
+    decoder = Decoder(config, dtype)
+    logits, state, _ = decoder.apply(
+        {"params": params}, ids, pos, state, methods, compress=compress, last_only=last_only
+    )
+    return logits, state
+
+
+def prompt_logits(model: Model, ids: Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
+    """Returns the logits after every token, with the full cache.
+
+    Raises:
+        ValueError: as `prefill`; -1 is not allowed here, since rows have one length.
+    """
+    ids = _check(model, ids)
+    if (ids < 0).any():
+        raise ValueError("logits take rows of one length, got padding: call once per length")
+    state = init_state(model, Full(), len(ids), ids.shape[1])
+    pos = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    logits, _ = _read(
+        model.params, ids, pos, state,
+        config=model.config, dtype=model.dtype, methods=per_layer(Full(), model.config), compress=False, last_only=False,
+    )  # fmt: skip
+    return logits
+
+
+def _check(model: Model, ids: Any) -> Int[np.ndarray, "B T"]:
+    """Returns ids as int32, or raises where they cannot be run."""
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or ids.size == 0:
+        raise ValueError(f"prompts are a batch [B T] of at least one token, got shape {ids.shape}")
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"token ids are integers, got {ids.dtype=}")
+    vocab = model.config.vocab_size
+    if ids.min() < -1 or ids.max() >= vocab:
+        raise ValueError(f"token ids are in [0, {vocab}), -1 for padding, got {int(ids.min())}..{int(ids.max())}")
+    return ids.astype(np.int32)
+
+
+def _check_room(state: State, methods: Sequence[CacheMethod], extra: int) -> None:
+    """Raises where a state that does not evict cannot take `extra` more tokens."""
+    for kv, m in zip(state, methods, strict=True):
+        used = int(np.max(np.asarray(kv.fill)))
+        if not m.evicts and used + extra > min(kv.slots):
+            raise ValueError(f"the state has room for the prompt, got {used} + {extra} tokens in {min(kv.slots)} slots")
+
+
+def decode_step(
+    model: Model, ids: Int[Array, " B"], state: State, method: CacheMethod = Full()  # noqa: B008
+) -> tuple[Float[Array, "B V"], State]:
+    """Appends one token per row and returns the logits of the next. The given state is consumed.
+
+    A row with id -1 is left as it is.
+    """
+    ids = jnp.asarray(ids)[:, None]
+    pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
+    logits, state = _read(
+        model.params, ids, pos, state,
+        config=model.config, dtype=model.dtype, methods=per_layer(method, model.config), compress=True, last_only=True,
+    )  # fmt: skip
+    return logits[:, 0], state
+
+
+def decode(
+    model: Model,
+    logits: Float[Array, "B V"],
+    state: State,
+    method: CacheMethod,
+    forced: Int[np.ndarray, "B N"],
+    *,
+    steps: int | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008
+    stop: Sequence[int] = (),
+    key: Array | None = None,
+    keep_logits: bool = False,
+) -> tuple[Int[Array, "B N"], Float[Array, "B V"], State, Float[Array, "B N V"] | None]:
+    """Runs up to N decode steps in one program.
+
+    Args:
+        logits: for the first token, from `prefill` or an earlier `decode`.
+        forced: tokens to take instead of drawn ones, -1 = draw, -2 = the row has ended.
+        steps: at most this many of the N steps (a run-time number).
+        stop: a row that draws one of these ends; ended rows give -1 and change no state.
+        keep_logits: also return the logits that each token was drawn from.
+
+    Returns: tokens, the next logits, the state, and the logits if kept.
+    """
+    n = forced.shape[1]
+    stops = jnp.asarray(list(stop) or [-1], jnp.int32)
+    return _decode(
+        model.params, logits, state, jnp.asarray(forced), jnp.int32(n if steps is None else steps),
+        sampling.arrays(), stops, jax.random.key(0) if key is None else key,
+        config=model.config, dtype=model.dtype, methods=per_layer(method, model.config), keep_logits=keep_logits,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _decode(
+    params, logits, state, forced, steps, limits: Limits, stops, key, *, config, dtype, methods, keep_logits
+):
+    """Runs decode steps until all rows have ended or `steps` are done."""
+    decoder = Decoder(config, dtype)
+    batch, n = forced.shape
+    kept = jnp.zeros((batch, n if keep_logits else 0, config.vocab_size), jnp.float32)
+
+    def more(carry):
+        i, *_, ended = carry
+        return (i < steps) & ~jnp.all(ended)
+
+    def step(carry):
+        i, logits, state, out, kept, ended = carry
+        want = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
+        token = jnp.where(want >= 0, want, sample(logits, limits, jax.random.fold_in(key, i)))
+        ended = ended | (want == -2)
+        token = jnp.where(ended, -1, token)
+        if keep_logits:
+            kept = jax.lax.dynamic_update_index_in_dim(kept, logits, i, axis=1)
+        out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=1)
+        ended = ended | jnp.isin(token, stops)
+        pos = jnp.where(ended, -1, state[0].seen)[:, None]
+        new, state, _ = decoder.apply(
+            {"params": params}, token[:, None], pos, state, methods, compress=True, last_only=True
+        )
+        return i + 1, jnp.where(ended[:, None], logits, new[:, 0]), state, out, kept, ended
+
+    out = jnp.full((batch, n), -1, jnp.int32)
+    ended = jnp.zeros((batch,), bool)
+    _, logits, state, out, kept, _ = jax.lax.while_loop(
+        more, step, (jnp.int32(0), logits, state, out, kept, ended)
+    )
+    return out, logits, state, kept if keep_logits else None

@@ -1,0 +1,193 @@
+"""The protocol of KV-cache methods: four pure verbs on a KV state, with dense defaults.
+
+    init       an empty state
+    observe    new tokens were written: refresh the method's own index
+    compress   evict or merge down to the budget; after the prompt (or each chunk) and each decode step
+    select     which slots this query reads, None = all
+
+The cache writes tokens itself (`cache.append`); a method never does, which is what lets methods
+compose. Every verb sees queries un-rotated, `[B T K G D]`, with their positions, -1 = padding.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from kvjax import cache
+from kvjax.attend import Selection
+from kvjax.cache import KV, Layer
+from kvjax.shapes import Positions, Queries, Slots
+
+__all__ = ["Budget", "CacheMethod", "Chain", "chain"]
+
+Budget = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
+
+
+class CacheMethod(abc.ABC):
+    """A way to hold fewer bytes of KV cache, or to read fewer. Subclasses are frozen dataclasses.
+
+    A field `budget`, where there is one, is the number of tokens per KV head, generated ones
+    included: an int, or a table [L, K]; anything array-like becomes nested tuples.
+    """
+
+    rotated: ClassVar[bool] = True  # keys are stored rotated
+    evicts: ClassVar[bool] = False  # compress removes or moves slots
+    budget: Budget | None
+
+    def __post_init__(self) -> None:
+        """Makes the budget hashable and checks it.
+
+        Raises:
+            ValueError: for a budget below 1, or of another shape than [L, K].
+        """
+        if getattr(self, "budget", None) is not None:
+            object.__setattr__(self, "budget", _as_budget(self.budget))
+
+    def for_layer(self, index: int) -> "CacheMethod":
+        """Returns the method of one layer: a budget table gives its row."""
+        table = getattr(self, "budget", None)
+        if isinstance(table, tuple):
+            if not 0 <= index < len(table):
+                raise ValueError(f"a budget table has one row per layer, got {len(table)} rows and layer {index=}")
+            return dataclasses.replace(self, budget=table[index])
+        return self
+
+    def slots(self, layer: Layer, total: int) -> tuple[int, ...]:
+        """Returns the capacity per KV head that serves `total` tokens: the budget if it evicts."""
+        if not self.evicts:
+            return (total,) * layer.n_kv_heads
+        return tuple(min(b, total) for b in self.budgets(layer))
+
+    def budgets(self, layer: Layer) -> tuple[int, ...]:
+        """Returns the budget of each KV head of a layer.
+
+        Raises:
+            ValueError: for a row of another length than the layer's KV heads.
+        """
+        budget = self.budget
+        row = (budget,) * layer.n_kv_heads if isinstance(budget, int) else budget
+        if len(row) != layer.n_kv_heads or not isinstance(row[0], int):
+            raise ValueError(f"a layer's budget has one entry per KV head, got {budget=} for {layer.n_kv_heads=}")
+        return row
+
+    def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
+        """Returns an empty state with `slots` per KV head."""
+        return self.moved(cache.allocate(layer, batch, slots, dtype, rotated=self.rotated), None)
+
+    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+        """Refreshes the index after tokens were written to packed rows idx (R = dropped)."""
+        return kv
+
+    def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
+        """Brings the state down to the budget, given the queries of this call, the newest last."""
+        return kv
+
+    def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
+        """Returns what these queries read, None = every slot."""
+        return None
+
+    def moved(self, kv: KV, idx: jax.Array | None) -> KV:
+        """Refreshes the index after slots moved: idx holds the old packed rows, -1 = new.
+
+        idx is None for an empty state, and where an earlier method of a chain moved the slots.
+        The default carries per-slot arrays along.
+        """
+        if kv.aux is None or idx is None:
+            return kv
+        return kv.replace(aux=jax.tree.map(lambda x: cache.take(x, idx), kv.aux))
+
+
+def _as_budget(budget: Any) -> Budget:
+    """Returns an int, a row or a table of ints."""
+    numbers = np.asarray(budget)
+    if numbers.ndim > 2 or numbers.dtype.kind not in "iu" or numbers.size == 0:
+        raise ValueError(f"a budget is an int or a table [L, K] of ints, got {budget=}")
+    if numbers.min() < 1:
+        raise ValueError(f"a budget is at least 1 token per KV head, got {budget=}")
+    if numbers.ndim == 0:
+        return int(numbers)
+    rows = numbers.tolist()
+    return tuple(rows) if numbers.ndim == 1 else tuple(tuple(row) for row in rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(CacheMethod):
+    """Several methods on one state; only the first may evict. Made by `chain`."""
+
+    methods: tuple[CacheMethod, ...]
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the methods cannot share a state."""
+        late = [type(m).__name__ for m in self.methods[1:] if m.evicts]
+        if late:
+            raise ValueError(f"only the first method of a chain may evict, got {late} later: put it first")
+        if len({m.rotated for m in self.methods}) > 1:
+            raise ValueError("methods of a chain store keys alike, got rotated and un-rotated ones")
+
+    @property
+    def rotated(self) -> bool:  # type: ignore[override]
+        """Whether keys are stored rotated."""
+        return self.methods[0].rotated
+
+    @property
+    def evicts(self) -> bool:  # type: ignore[override]
+        """Whether the first method evicts."""
+        return self.methods[0].evicts
+
+    def for_layer(self, index: int) -> "Chain":
+        """Returns the chain of one layer."""
+        return Chain(tuple(m.for_layer(index) for m in self.methods))
+
+    def budgets(self, layer: Layer) -> tuple[int, ...]:
+        """Returns the first method's budget."""
+        return self.methods[0].budgets(layer)
+
+    def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
+        """Returns an empty state; aux is one index per method."""
+        states = [m.init(layer, batch, slots, dtype) for m in self.methods]
+        return states[0].replace(aux=tuple(kv.aux for kv in states))
+
+    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+        """Lets every method refresh its index."""
+        return self._each(kv, lambda m, part: m.observe(part, q, pos, idx))
+
+    def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
+        """Compresses in order; methods after an eviction make their index anew."""
+        before = kv.slots
+
+        def one(m: CacheMethod, part: KV) -> KV:
+            part = m.moved(part, None) if part.slots != before else part
+            return m.compress(part, q, pos)
+
+        return self._each(kv, one)
+
+    def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
+        """Returns the last selection that any method makes."""
+        found = [m.select(kv.replace(aux=a), q, pos) for m, a in zip(self.methods, kv.aux, strict=True)]
+        return next((s for s in reversed(found) if s is not None), None)
+
+    def moved(self, kv: KV, idx: jax.Array | None) -> KV:
+        """Lets every method refresh its index."""
+        return self._each(kv, lambda m, part: m.moved(part, idx))
+
+    def _each(self, kv: KV, step: Any) -> KV:
+        """Runs a verb of every method on the shared state, each with its own aux."""
+        aux = []
+        for m, a in zip(self.methods, kv.aux, strict=True):
+            kv = step(m, kv.replace(aux=a))
+            aux.append(kv.aux)
+        return kv.replace(aux=tuple(aux))
+
+
+def chain(*methods: CacheMethod) -> CacheMethod:
+    """Composes methods on one state, for example `chain(SnapKV(budget=512), KIVI(bits=4))`.
+
+    Raises:
+        ValueError: where a method after the first evicts, or keys are stored differently.
+    """
+    flat = tuple(inner for m in methods for inner in (m.methods if isinstance(m, Chain) else (m,)))
+    return flat[0] if len(flat) == 1 else Chain(flat)

@@ -1,0 +1,46 @@
+"""Knorm: keeps the keys of the smallest norm.
+
+Keys of small L2 norm tend to receive much attention, so a key alone tells its worth and no query
+is needed.
+
+State: one float per slot, the norm (rotation leaves it as it is). Cannot follow what is asked.
+
+Source: arXiv 2406.11430, section 3. Deviation: none; the newest token is not protected in the
+paper's ranking and is not here.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from kvjax import cache, eviction, storage
+from kvjax.cache import KV
+from kvjax.method import CacheMethod
+from kvjax.shapes import Positions, Queries, Slots
+
+__all__ = ["Knorm"]
+
+
+@dataclass(frozen=True)
+class Knorm(CacheMethod):
+    """Evicts the largest key norms. aux: key norm per slot, [B R]."""
+
+    budget: int | tuple
+    evicts: ClassVar[bool] = True
+
+    def moved(self, kv: KV, idx) -> KV:
+        """Starts with no norms, then carries them along."""
+        return kv.replace(aux=jnp.zeros_like(kv.mass)) if idx is None else super().moved(kv, idx)
+
+    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+        """Takes the norms of the new keys."""
+        flat = jnp.where(idx < kv.mass.shape[1], idx, -1).reshape(idx.shape[0], -1)
+        norm = jnp.linalg.norm(cache.take(storage.read(kv.k), flat).astype(jnp.float32), axis=-1)
+        batch = jnp.arange(idx.shape[0])[:, None, None]
+        return kv.replace(aux=kv.aux.at[batch, idx].set(norm.reshape(idx.shape), mode="drop"))
+
+    def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
+        """Keeps the smallest norms."""
+        kv, idx = eviction.by_score(kv, -kv.aux, self.budgets(kv.layer))
+        return kv if idx is None else self.moved(kv, idx)

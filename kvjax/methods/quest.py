@@ -1,0 +1,114 @@
+"""Quest: keeps everything and reads, at each step, the pages that can matter to the query.
+
+A page of keys has a minimum and a maximum per channel, which bound q·k from above for any query;
+the pages of the highest bounds are read, the others are left where they are.
+
+State: two vectors [D] per page of P slots, 1/P of the key bytes each. Holds the whole cache:
+it saves reads, not memory.
+
+Source: arXiv 2406.10774, sections 3.2 and 3.3; the first two layers are read in full. Deviation: a
+KV head's query heads share its pages, ranked by the largest bound in the group. kvpress has none.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from kvjax import cache, storage
+from kvjax.attend import Selection
+from kvjax.cache import KV
+from kvjax.method import CacheMethod
+from kvjax.rope import rotate
+from kvjax.shapes import Positions, Queries, Slots
+
+__all__ = ["Quest"]
+
+
+@dataclass(frozen=True)
+class Quest(CacheMethod):
+    """Reads `budget` tokens per step, in pages. aux: (low, high) per page, [B N D] each.
+
+    budget None reads all, which is what layers below `dense_layers` do.
+    """
+
+    budget: int | tuple | None
+    page: int = 16
+    dense_layers: int = 2
+    evicts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a page of no tokens."""
+        super().__post_init__()
+        if self.page < 1:
+            raise ValueError(f"a page has at least 1 token, got {self.page=}")
+
+    def for_layer(self, index: int) -> "Quest":
+        """Returns the method of one layer; the first ones read everything."""
+        return replace(self, budget=None) if index < self.dense_layers else super().for_layer(index)
+
+    def moved(self, kv: KV, idx) -> KV:
+        """Makes all bounds anew."""
+        if self.budget is None:
+            return kv
+        rows, inside = storage.blocks(kv.slots, self.page)
+        keys = storage.read(kv.k)[:, np.where(inside, rows, 0)].astype(jnp.float32)  # [B N P D]
+        alive = ((kv.mass[:, np.where(inside, rows, 0)] > 0) & inside)[..., None]
+        return kv.replace(aux=_bounds(keys, alive, kv))
+
+    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+        """Makes the bounds of the written pages anew: of one page per head in a decode step."""
+        if self.budget is None:
+            return kv
+        if idx.shape[2] > 1:
+            return self.moved(kv, None)
+        first = jnp.asarray(cache.starts(kv.slots))[None, :]
+        place = jnp.clip(idx[..., 0] - first, 0, jnp.asarray(kv.slots) - 1)  # [B K]
+        start = place - place % self.page
+        slot = start[..., None] + jnp.arange(self.page)
+        inside = slot < jnp.asarray(kv.slots)[None, :, None]
+        rows = jnp.where(inside, first[..., None] + slot, -1).reshape(idx.shape[0], -1)
+        shape = (*slot.shape, -1)
+        keys = cache.take(storage.read(kv.k), rows).reshape(shape).astype(jnp.float32)
+        low, high = _bounds(keys, cache.take(kv.mass, rows).reshape(shape) > 0, kv)
+        n_pages = [-(-s // self.page) for s in kv.slots]
+        page = start // self.page + jnp.asarray(cache.starts(n_pages))[None, :]
+        batch = jnp.arange(idx.shape[0])[:, None]
+        return kv.replace(aux=(kv.aux[0].at[batch, page].set(low), kv.aux[1].at[batch, page].set(high)))
+
+    def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
+        """Returns the pages of the highest bound; prompts (T > 1) read all."""
+        if self.budget is None or q.shape[1] > 1:
+            return None
+        q = rotate(q, jnp.broadcast_to(pos[:, :, None, None], q.shape[:4]), kv.layer.rope)[:, 0]
+        n_pages = tuple(-(-s // self.page) for s in kv.slots)
+        wanted = [min(max(b // self.page, 1), n) for b, n in zip(self.budgets(kv.layer), n_pages, strict=True)]
+        chosen, newest = [], cache.newest(kv)
+        for run in cache.runs(n_pages, wanted):
+            heads = slice(run.head, run.head + run.n)
+            bound = self._scores(kv, q[:, heads], run, newest[:, heads])
+            _, best = jax.lax.top_k(bound, wanted[run.head])
+            empty = jnp.take_along_axis(bound, best, -1) == -jnp.inf
+            best = jnp.where(empty, -1, best)
+            chosen.append(jnp.pad(best, ((0, 0), (0, 0), (0, max(wanted) - wanted[run.head])), constant_values=-1))
+        return Selection(idx=jnp.concatenate(chosen, axis=1).astype(jnp.int32), block=self.page)
+
+    def _scores(self, kv: KV, q: Array, run: cache.Run, newest: Array) -> Array:
+        """Returns the bound of every page [B n N]; the page being written ranks highest."""
+        low, high = (cache.view(x, run)[:, :, None].astype(jnp.float32) for x in kv.aux)  # [B n 1 N D]
+        q = q[:, :, :, None].astype(jnp.float32)  # [B n G 1 D]
+        bound = jnp.maximum(q * low, q * high).sum(-1).max(2)
+        empty = low[:, :, 0, :, 0] > high[:, :, 0, :, 0]
+        here = jnp.arange(run.size) == newest[..., None] // self.page
+        return jnp.where(empty, -jnp.inf, jnp.where(here, jnp.inf, bound))
+
+
+def _bounds(keys: Array, alive: Array, kv: KV) -> tuple[Array, Array]:
+    """Returns (low, high) over the slots of each page; an empty page has low > high."""
+    dtype = storage.dtype(kv.k)
+    low = jnp.where(alive, keys, jnp.inf).min(-2)
+    high = jnp.where(alive, keys, -jnp.inf).max(-2)
+    return low.astype(dtype), high.astype(dtype)

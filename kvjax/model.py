@@ -1,0 +1,79 @@
+"""Holds a loaded model: its configuration, parameters and tokenizer."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kvjax.models.config import ModelConfig
+from kvjax.models.hub import fetch
+from kvjax.models.tokenizer import Tokenizer, load_tokenizer
+from kvjax.models.weights import load_weights
+
+__all__ = ["Model", "load"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder with its parameters; made by `kvjax.load`."""
+
+    name: str
+    config: ModelConfig
+    params: dict = field(repr=False)
+    tokenizer: Tokenizer | None = field(repr=False)
+    dtype: Any = jnp.float32
+
+    def logits(self, ids: Any) -> Float[Array, "B T V"]:
+        """Returns the logits after every token of `ids` [B T] (or [T]), with the full cache.
+
+        Raises:
+            ValueError: for no tokens, ids outside the vocabulary, or more tokens than the context.
+
+        Example:
+            >>> import kvjax
+            >>> model = kvjax.load("smollm2-135m")
+            >>> model.logits(model.tokenizer.encode("The capital of France is")).shape
+            (1, 5, 49152)
+        """
+        from kvjax.loop import prompt_logits
+
+        return prompt_logits(self, np.atleast_2d(np.asarray(ids)))
+
+
+def load(name: str | os.PathLike = "smollm2-135m", dtype: Any = None) -> Model:
+    """Loads a model by name, from `hf:org/name`, from a Hugging Face folder, or from a GGUF file.
+
+    Args:
+        dtype: "float32" or "bfloat16"; None takes float32 on CPU and bfloat16 elsewhere.
+
+    Raises:
+        ValueError: for an unknown name or dtype, or a damaged file.
+        OSError: without network, when the model is not in the cache.
+
+    Example:
+        >>> import kvjax
+        >>> kvjax.load("smollm2-135m").config.n_layers
+        30
+    """
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"a model is loaded in float32 or bfloat16, got {dtype=}")
+    keep_compiled()
+    path = fetch(name)
+    config, params = load_weights(path, dtype)
+    return Model(str(name), config, params, load_tokenizer(path), dtype)
+
+
+def keep_compiled() -> None:
+    """Keeps compiled programs on disk between processes, unless JAX is told where already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        root = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "kvjax" / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

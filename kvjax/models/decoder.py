@@ -1,0 +1,181 @@
+"""Runs a decoder-only transformer: parameters and KV state in, logits and KV state out.
+
+One module for every family; what differs is in `ModelConfig`. The decoder calls the verbs of the
+cache methods and never asks which method it is.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax import cache
+from kvjax.attend import attend, precision
+from kvjax.cache import KV
+from kvjax.method import CacheMethod
+from kvjax.models.config import ModelConfig
+from kvjax.shapes import Positions, Queries, Tokens
+
+__all__ = ["Decoder", "Record"]
+
+
+class Record(NamedTuple):
+    """What one layer's attention was given: un-rotated queries, keys and values."""
+
+    q: Queries
+    k: Tokens
+    v: Tokens
+
+
+class Norm(nn.Module):
+    """Divides by the root mean square and scales; computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns x normalised over its last axis."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * scale).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """Multiplies by a kernel [in, out] stored in the type of the model."""
+
+    features: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns x W + b in x's type; float32 is computed as float32 on every device."""
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), x.dtype)
+        y = jnp.dot(x, kernel, precision=precision(x.dtype))
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
+        return y
+
+
+class Attention(nn.Module):
+    """Attends over the KV state of one layer, which it first gives the new tokens."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T M"], pos: Positions, kv: KV, method: CacheMethod, compress: bool
+    ) -> tuple[Array, KV, Record]:
+        """Returns the attention output, the new state, and what was attended with."""
+        c = self.config
+        batch, length, _ = x.shape
+        q = Linear(c.n_heads * c.head_dim, c.qkv_bias, name="q")(x)
+        k = Linear(c.n_kv_heads * c.head_dim, c.qkv_bias, name="k")(x)
+        v = Linear(c.n_kv_heads * c.head_dim, c.qkv_bias, name="v")(x)
+        q = q.reshape(batch, length, c.n_kv_heads, c.group, c.head_dim)
+        k, v = (y.reshape(batch, length, c.n_kv_heads, c.head_dim) for y in (k, v))
+        if c.qk_norm:
+            q, k = Norm(c.norm_eps, name="q_norm")(q), Norm(c.norm_eps, name="k_norm")(k)
+        kv, idx = cache.append(kv, k, v, pos)
+        kv = method.observe(kv, q, pos, idx)
+        out = attend(kv, q, pos, method.select(kv, q, pos))
+        if compress:
+            kv = method.compress(kv, q, pos)
+        out = Linear(c.width, c.o_bias, name="o")(out.reshape(batch, length, c.n_heads * c.head_dim))
+        return out, kv, Record(q, k, v)
+
+
+class FeedForward(nn.Module):
+    """Computes act(x W_gate) * (x W_up), then W_down."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
+        """Returns the block's output."""
+        gate, up = (Linear(self.config.ffn_width, name=name)(x) for name in ("gate", "up"))
+        gate = nn.silu(gate) if self.config.act == "silu" else nn.gelu(gate, approximate=True)
+        return Linear(self.config.width, name="down")(gate * up)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each with a residual."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T M"], pos: Positions, kv: KV, method: CacheMethod, compress: bool
+    ) -> tuple[Array, KV, Record]:
+        """Returns the layer's output, its new state, and what it attended with."""
+        c = self.config
+        y = Norm(c.norm_eps, name="attn_norm")(x)
+        y, kv, record = Attention(c, name="attn")(y, pos, kv, method, compress)
+        x = x + (Norm(c.norm_eps, name="post_attn_norm")(y) if c.post_norms else y)
+        y = FeedForward(c, name="ffn")(Norm(c.norm_eps, name="ffn_norm")(x))
+        return x + (Norm(c.norm_eps, name="post_ffn_norm")(y) if c.post_norms else y), kv, record
+
+
+class Decoder(nn.Module):
+    """The whole model. All settings beside arrays are static."""
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        pos: Positions,
+        state: Sequence[KV],
+        methods: tuple[CacheMethod, ...],
+        *,
+        compress: bool = False,
+        last_only: bool = False,
+    ) -> tuple[Float[Array, "B Q V"], tuple[KV, ...], tuple[Record, ...]]:
+        """Runs T tokens per row through every layer.
+
+        Args:
+            pos: rotary positions; -1 marks padding, which changes no state.
+            state: one KV per layer, before these tokens.
+            methods: one per layer.
+            compress: let the methods compress after these tokens.
+            last_only: logits of the last token alone (Q = 1), else of all (Q = T).
+
+        Returns: float32 logits, the new state, and per layer what attention was given.
+        """
+        c = self.config
+        table = Embed(c.vocab_size, c.width, self.dtype, name="embed")()
+        x = table[jnp.maximum(ids, 0)] * jnp.asarray(c.embed_scale, self.dtype)
+        new_state, records = [], []
+        for i in range(c.n_layers):
+            x, kv, record = Block(c, name=f"layer_{i}")(x, pos, state[i], methods[i], compress)
+            new_state.append(kv)
+            records.append(record)
+        x = Norm(c.norm_eps, name="final_norm")(x[:, -1:] if last_only else x)
+        logits = _unembed(x, table) if c.tied_embeddings else Linear(c.vocab_size, name="head")(x)
+        logits = logits.astype(jnp.float32)
+        if c.final_softcap is not None:
+            logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
+        return logits, tuple(new_state), tuple(records)
+
+
+class Embed(nn.Module):
+    """Holds the embedding table."""
+
+    vocab_size: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V M"]:
+        """Returns the table."""
+        return self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, self.width), self.dtype)
+
+
+def _unembed(x: Array, table: Array) -> Array:
+    """Returns x Eᵀ, accumulated in float32."""
+    return jnp.einsum("btm,vm->btv", x, table, precision=precision(x.dtype), preferred_element_type=jnp.float32)

@@ -1,0 +1,74 @@
+"""Draws the next token: greedy, or by temperature with top-k, top-p and min-p limits.
+
+The settings are arrays, so changing them compiles nothing.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+__all__ = ["Sampling", "sample"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a limit off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings outside their range."""
+        if self.temperature < 0:
+            raise ValueError(f"temperature is at least 0 (0 = greedy), got {self.temperature=}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is at least 0 (0 = all tokens), got {self.top_k=}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is in (0, 1], got {self.top_p=}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is in [0, 1], got {self.min_p=}")
+
+    def arrays(self) -> "Limits":
+        """Returns the settings as traced values."""
+        return Limits(*(jnp.float32(x) for x in (self.temperature, self.top_k, self.top_p, self.min_p)))
+
+
+@struct.dataclass
+class Limits:
+    """Sampling settings as scalars on the device."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+
+
+def sample(logits: Float[Array, "B V"], limits: Limits, key: Array) -> Int[Array, " B"]:
+    """Returns one token per row.
+
+    Limits apply in the order top-k, top-p, min-p to the distribution at the given temperature;
+    the likeliest token always stays.
+    """
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return jax.lax.cond(limits.temperature > 0, lambda: _draw(logits, limits, key), lambda: greedy)
+
+
+def _draw(logits: Array, limits: Limits, key: Array) -> Array:
+    """Samples in order of probability, where every limit is a prefix."""
+    scaled = logits.astype(jnp.float32) / jnp.maximum(limits.temperature, 1e-6)
+    order = jnp.argsort(-scaled, axis=-1)
+    ranked = jnp.take_along_axis(scaled, order, axis=-1)
+    rank = jnp.arange(ranked.shape[-1])
+    ranked = jnp.where((limits.top_k > 0) & (rank >= limits.top_k), -jnp.inf, ranked)
+    p = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p
+    ranked = jnp.where((before >= limits.top_p) & (rank > 0), -jnp.inf, ranked)
+    p = jax.nn.softmax(ranked, axis=-1)
+    ranked = jnp.where(p < limits.min_p * p[:, :1], -jnp.inf, ranked)
+    drawn = jax.random.categorical(key, ranked, axis=-1)
+    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

@@ -1,0 +1,1 @@
+"""Kernels for attention over compressed caches, for GPU and TPU, each with a plain reference."""
