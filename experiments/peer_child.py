@@ -22,7 +22,7 @@ import numpy as np
 Generate = Callable[[], dict]  # one timed run
 
 
-def use_threads(n_threads: int):
+def use_threads(n_threads: int) -> None:
     """Binds this process, before any library starts, to n_threads cores where the system can."""
     os.environ["OMP_NUM_THREADS"] = str(n_threads)
     if hasattr(os, "sched_setaffinity"):
@@ -32,8 +32,8 @@ def use_threads(n_threads: int):
 def open_torch(request: dict) -> Generate:
     """Loads transformers on torch: float32, sdpa, its own growing cache."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch  # noqa: PLC0415
-    import transformers  # noqa: PLC0415
+    import torch
+    import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -61,6 +61,27 @@ def open_torch(request: dict) -> Generate:
     return run
 
 
+def open_kvjax(request: dict) -> Generate:
+    """Loads kvjax: float32, the full cache, prompt in chunks, all new tokens in one compiled loop."""
+    import kvjax
+    from kvjax.methods.full import Full
+
+    model = kvjax.load(request["model"], dtype="float32")
+    prompt = np.asarray([request["ids"]], np.int32)
+    draw = np.full((1, request["n_new"]), -1, np.int32)
+
+    def run() -> dict:
+        start = time.perf_counter()
+        logits, state = kvjax.prefill(model, prompt, room=request["n_new"])
+        first = np.asarray(logits[0])
+        middle = time.perf_counter()
+        tokens, logits, _, _ = kvjax.decode(model, logits, state, Full(), draw)
+        ids = [*np.asarray(tokens)[0].tolist(), int(np.argmax(np.asarray(logits)[0]))]
+        return reply(start, middle, ids, first, request)
+
+    return run
+
+
 def reply(start: float, middle: float, ids: list[int], logits: np.ndarray, request: dict) -> dict:
     """Returns the figures of a run that ends now, and writes its logits."""
     end = time.perf_counter()
@@ -68,10 +89,13 @@ def reply(start: float, middle: float, ids: list[int], logits: np.ndarray, reque
     return {"prefill_s": middle - start, "decode_s": end - middle, "ids": ids}
 
 
-SIDES = {"torch": (open_torch, ("torch", "transformers"))}
+SIDES = {
+    "torch": (open_torch, ("torch", "transformers")),
+    "kvjax": (open_kvjax, ("jax", "jaxlib", "flax")),
+}
 
 
-def serve(side: str):
+def serve(side: str) -> None:
     """Answers requests until stdin ends."""
     open_side, packages = SIDES[side]
     out = os.fdopen(os.dup(1), "w", buffering=1)

@@ -20,7 +20,6 @@ from pydoc_data.topics import topics
 import numpy as np
 import tyro
 
-import kvjax
 from experiments import results
 from kvjax.models import hub
 from kvjax.models.tokenizer import load_tokenizer
@@ -90,3 +89,83 @@ def prompt_ids(path: Path, n_prompt: int) -> list[int]:
     """Returns the first n_prompt tokens of Python's reference prose."""
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return load_tokenizer(path).encode(text[: 12 * n_prompt])[:n_prompt]
+
+
+def measure(children: dict[str, Child], n_runs: int) -> dict[str, list[dict]]:
+    """Returns each side's runs, made in turns."""
+    runs = {side: [] for side in children}
+    for index in range(n_runs):
+        for side, child in children.items():
+            runs[side].append(child.run())
+            prefill_s, decode_s = (runs[side][-1][name] for name in ("prefill_s", "decode_s"))
+            print(f"run {index + 1}/{n_runs} {side}: prefill {prefill_s:.2f} s, decode {decode_s:.2f} s")
+    return runs
+
+
+def compared(runs: dict[str, list[dict]], name: str) -> dict:
+    """Returns medians and single times of one quantity, ours against theirs, in microseconds."""
+    times = {side: [round(1e6 * run[name]) for run in runs[side]] for side in SIDES}
+    ours, theirs = (statistics.median(times[side]) for side in SIDES)
+    return {
+        "impl": "kvjax",
+        "time_us": ours,
+        "peer": "transformers",
+        "peer_us": theirs,
+        "speedup": theirs / ours,
+        "runs_us": times["kvjax"],
+        "peer_runs_us": times["torch"],
+    }
+
+
+def agreement(children: dict[str, Child], runs: dict[str, list[dict]]) -> dict:
+    """Returns how far the logits are apart and how many greedy tokens agree.
+
+    Raises:
+        RuntimeError: where the two sides compute different things.
+    """
+    ours, theirs = (np.load(children[side].logits) for side in SIDES)
+    error = float(np.abs(ours - theirs).max())
+    ids = [runs[side][-1]["ids"] for side in SIDES]
+    differ = [a != b for a, b in zip(*ids, strict=True)]
+    if not error < LOGIT_TOLERANCE:
+        raise RuntimeError(
+            f"both sides give the same logits within {LOGIT_TOLERANCE}, got {error=}: times mean nothing"
+        )
+    return {"error": error, "tokens_agreeing": differ.index(True) if any(differ) else len(differ)}
+
+
+def main(settings: Settings):
+    """Measures, prints and stores."""
+    path = hub.fetch(settings.model)
+    request = {
+        "model": str(path),
+        "ids": prompt_ids(path, settings.n_prompt),
+        "n_new": settings.n_new,
+        "n_threads": settings.n_threads,
+    }
+    stored = results.start("peers", seed=0, resume=False)
+    pythons = {"kvjax": sys.executable, "torch": settings.peer_python}
+    with tempfile.TemporaryDirectory() as folder:
+        children = {side: Child(side, pythons[side], request, Path(folder)) for side in SIDES}
+        try:
+            ready = {side: child.ready() for side, child in children.items()}
+            runs = measure(children, settings.n_runs)
+            agree = agreement(children, runs)
+        finally:
+            for child in children.values():
+                child.close()
+    lengths = f"{settings.n_prompt} tokens then {settings.n_new}"
+    spec = f"{settings.model} float32 B1, {lengths}, {settings.n_threads} threads"
+    claims = {}
+    for name in ("prefill", "decode"):
+        row = compared(runs, f"{name}_s") | agree | {"ready": ready}
+        stored = stored.add({"name": name, "spec": spec}, row)
+        claims[f"{name}_speedup"] = row["speedup"]
+        ours_s, theirs_s = row["time_us"] / 1e6, row["peer_us"] / 1e6
+        print(f"{name}: kvjax {ours_s:.3f} s, transformers {theirs_s:.3f} s, {row['speedup']:.2f}x")
+    stored.claim(claims)
+    print(f"agreement: {agree}; stored in {stored.path}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

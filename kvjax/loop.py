@@ -25,7 +25,7 @@ from kvjax.sampling import Limits, Sampling, sample
 __all__ = ["State", "decode", "decode_step", "init_state", "pad", "prefill", "prompt_logits"]
 
 State = tuple[KV, ...]
-_STATIC = ("config", "dtype", "methods", "compress", "last_only", "n_steps", "keep_logits")
+_STATIC = ("config", "dtype", "methods")
 
 
 def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, "B T"]:
@@ -119,7 +119,7 @@ def _widen(state: State, methods: tuple[CacheMethod, ...], extra: int) -> State:
     return tuple(new)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "compress", "last_only"), donate_argnames="state")
 def _read(params: Any, ids: Array, pos: Array, state: State, *, config, dtype, methods, compress, last_only):
     """Runs one chunk of a prompt."""
     decoder = Decoder(config, dtype)
@@ -138,7 +138,7 @@ def prompt_logits(model: Model, ids: Int[np.ndarray, "B T"]) -> Float[Array, "B 
     ids = _check(model, ids)
     if (ids < 0).any():
         raise ValueError("logits take rows of one length, got padding: call once per length")
-    state = init_state(model, Full(), len(ids), ids.shape[1])
+    state = init_state(model, Full(), len(ids), ids.shape[1], ids.shape[1])
     pos = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     logits, _ = _read(
         model.params, ids, pos, state,
@@ -217,7 +217,7 @@ def decode(
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "keep_logits"), donate_argnames="state")
 def _decode(
     params, logits, state, forced, steps, limits: Limits, stops, key, *, config, dtype, methods, keep_logits
 ):

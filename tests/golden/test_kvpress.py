@@ -1,11 +1,13 @@
 """Compares what our methods keep of a prompt with what kvpress keeps (make_kvpress.py)."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kvjax
 from kvjax import cache
 from kvjax.methods.h2o import H2O
 from kvjax.methods.knorm import Knorm
@@ -107,3 +109,20 @@ def test_h2o_keeps_the_newest_and_the_largest_sums(golden, index):
     heavy = np.argsort(-sums[:, : n_tokens - 50], axis=-1)[:, :49]
     recent = np.broadcast_to(np.arange(n_tokens - 50, n_tokens), (len(heavy), 50))
     np.testing.assert_array_equal(kept_by(kv), np.sort(np.concatenate([heavy, recent], -1), -1))
+
+
+@pytest.mark.parametrize("model_name", MODELS)
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("name", METHODS)
+def test_next_logits_equal_kvpress(model_name, name, ratio):
+    """The next token sees the kept tokens and itself; StreamingLLM's at renumbered positions."""
+    with np.load(DATA / f"{model_name}.npz") as inputs:
+        ids, next_ids, n_kept = inputs["ids"], inputs["next_ids"], int(inputs[f"n_kept@{ratio}"])
+    method = dataclasses.replace(METHODS[name](n_kept), budget=n_kept + 1)
+    press = "streaming_llm_rerotated" if name == "streaming_llm" else name
+    with np.load(DATA / f"{model_name}_presses.npz") as out:
+        expected = out[f"{press}@{ratio}/next_logits"][0]
+    model = kvjax.load(DATA / model_name, dtype="float32")
+    _, state = kvjax.prefill(model, ids[None], method, room=1)
+    logits, _ = kvjax.decode_step(model, next_ids[:1], state, method)
+    np.testing.assert_allclose(np.asarray(logits)[0], expected, atol=1e-4)
