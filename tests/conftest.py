@@ -17,6 +17,8 @@ from jaxtyping import install_import_hook
 # Before any of our modules is imported, and for the test run only.
 install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
 
+collect_ignore_glob = ["golden/make_*.py"]  # scripts that need the peers; no tests in them
+
 settings.register_profile("dev", deadline=None, max_examples=20)
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
