@@ -21,7 +21,8 @@ define FIND_PYTHON
 for version in $(or $(filter 3.%,$(PYTHON)),$(if $(PYTHON),any,$(VERSIONS))); do \
   for python in $(if $(filter-out 3.%,$(PYTHON)),"$(PYTHON)",python$$version \
       "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python$$version python3 python); do \
-    found=`"$$python" -c 'import ensurepip, sys, venv; \
+    found=`"$$python" -c 'import importlib.util, sys, venv; \
+assert any(map(importlib.util.find_spec, ("ensurepip", "pip"))); \
 version = "%d.%d" % sys.version_info[:2]; \
 print(sys.executable, version) if version in sys.argv[2].split() and sys.argv[1] in (version, "any") \
 else sys.exit(1)' "$$version" "$(VERSIONS)" 2>/dev/null` && { echo $$found; exit; }; \
@@ -79,10 +80,14 @@ python:  ## print the Python that would be used
 clean:  ## remove the environments and the caches of the tools
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
 
+# Debian (and so Colab) may lack ensurepip; then the outer pip puts one into the environment.
+MAKE_VENV = $(PY) -m venv --clear $(VENV) >/dev/null 2>&1 || { $(PY) -m venv --clear --without-pip $(VENV) \
+  && $(PY) -m pip --python $(BIN)/python install -qq --disable-pip-version-check pip; }
+
 # The stamp comes last, so an interrupted or failed set-up is done again.
 $(VENV)/.installed: $(LOCKS) pyproject.toml
-	@echo "Setting up $(VENV) with $(PY): about a minute, under 1 GB for CPU"
-	@$(BIN)/python -c "" 2>/dev/null || $(PY) -m venv --clear $(VENV)
+	@echo "Setting up $(VENV) with $(PY): a minute or two, 1 GB (more with EXTRA)"
+	@$(BIN)/python -c "import pip" 2>/dev/null || $(MAKE_VENV)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(NO_DEPS) $(LOCKS:%=-r %)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
