@@ -39,11 +39,11 @@ MAKERS = {
         "partial",
         "resolve",
     ),
-    *("items", "keys", "values", "split", "with_name"),
+    *("float", "int", "items", "keys", "split", "str", "values", "with_name"),
 }
 MAY_CALL = {"kvjax/methods/__init__.py": {"_find"}}  # a registry finds the files of its folder
 COMPUTING = {"jnp", "lax", "os", "subprocess"}  # whose calls do something at once, whatever their name
-READING = {"os.cpu_count"}
+READING = {"jnp.dtype", "jnp.finfo", "jnp.iinfo", "os.cpu_count"}
 
 # In pieces, so that this file passes its own rule.
 REGISTRIES = re.compile(
@@ -363,6 +363,7 @@ GOOD = [
         "kvjax/a.py",
         "'''A.'''\nimport re\nX = re.compile('a')\nY: tuple = (Spec(1),)",
     ),
+    (nothing_happens_at_import, "kvjax/a.py", "LEAST = float(jnp.finfo(jnp.float32).min)"),
     (nothing_happens_at_import, "kvjax/a.py", "f = partial(g, n=1)\nkey = lambda x: f(x)"),
     (nothing_happens_at_import, "kvjax/a.py", "if __name__ == '__main__':\n    main()"),
     (nothing_happens_at_import, "kvjax/a.py", "jax.tree_util.register_pytree_node(A, b, c)"),
