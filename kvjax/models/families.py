@@ -100,7 +100,7 @@ def nearest(name: str, known) -> str:
     return (difflib.get_close_matches(str(name), known, n=1, cutoff=0.0) or known)[0]
 
 
-def required_number(settings: dict, key: str, kind: type = int, most: float = 2**31):
+def required_number(settings: dict, key: str, kind: type = int, most: int = 2**31):
     """Returns settings[key] as a positive number of that kind.
 
     Raises:
@@ -133,7 +133,10 @@ def config_from_hf(raw: dict) -> ModelConfig:
     settings = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False} | family.defaults | settings
     _refuse_unsupported(settings)
     n_layers = required_number(settings, "num_hidden_layers", most=MAX_LAYERS)
-    width, n_heads = required_number(settings, "hidden_size"), required_number(settings, "num_attention_heads")
+    width, n_heads = (
+        required_number(settings, "hidden_size"),
+        required_number(settings, "num_attention_heads"),
+    )
     if settings.get("head_dim") is None:
         settings["head_dim"] = width // n_heads
     if settings.get("num_key_value_heads") is None:
@@ -214,7 +217,8 @@ def _act(settings: dict, family: Family) -> str:
         return family.act
     if name not in _ACTS:
         raise NotImplementedError(
-            f"activations are {', '.join(_ACTS)}, got {name!r} in config.json; choose a model with one of them"
+            f"activations are {', '.join(_ACTS)}, got {name!r} in config.json; choose a model with one of "
+            "them"
         )
     return _ACTS[name]
 
@@ -226,7 +230,11 @@ def _softcap(settings: dict, key: str) -> float | None:
 def _windows(settings: dict, name: str, n_layers: int) -> tuple[int | None, ...]:
     """Returns each layer's window, from layer_types where given."""
     window = settings.get("sliding_window")
-    if name == "llama" or window is None or (name.startswith("qwen") and not settings.get("use_sliding_window")):
+    if (
+        name == "llama"
+        or window is None
+        or (name.startswith("qwen") and not settings.get("use_sliding_window"))
+    ):
         return (None,) * n_layers
     window = required_number(settings, "sliding_window")
     types = settings.get("layer_types")
@@ -241,7 +249,9 @@ def _windows(settings: dict, name: str, n_layers: int) -> tuple[int | None, ...]
     if name.startswith("qwen"):
         first = settings.get("max_window_layers", 28)
         if type(first) is not int:
-            raise ValueError(f"max_window_layers is a number of layers, got {first=}; download config.json again")
+            raise ValueError(
+                f"max_window_layers is a number of layers, got {first=}; download config.json again"
+            )
         return tuple(window if i >= first else None for i in range(n_layers))
     if FAMILIES[name].global_every:
         key = "sliding_window_pattern" if "sliding_window_pattern" in settings else "_sliding_window_pattern"
@@ -274,14 +284,16 @@ def _rope(given: dict, settings: dict, base: float) -> RopeConfig:
     scheme = values.get("rope_type", values.get("type", "default"))
     if values.get("partial_rotary_factor", 1) != 1 or values.get("truncate", True) is not True:
         raise NotImplementedError(
-            f"partial rotary heads and untruncated YaRN are not read, got {given=}; choose a model without them"
+            f"partial rotary heads and untruncated YaRN are not read, got {given=}; choose a model without "
+            "them"
         )
     base = required_number(values, "rope_theta", float)
     if scheme == "default":
         return RopeConfig(base)
     if scheme not in ("linear", "llama3", "yarn"):
         raise NotImplementedError(
-            f"rotary scalings are default, linear, llama3 and yarn, got {scheme!r}; choose a model with one of them"
+            f"rotary scalings are default, linear, llama3 and yarn, got {scheme!r}; choose a model with one "
+            "of them"
         )
     factor = required_number(values, "factor", float)
     if scheme == "linear":
@@ -294,7 +306,13 @@ def _rope(given: dict, settings: dict, base: float) -> RopeConfig:
     betas = {"beta_fast": 32.0, "beta_slow": 1.0} | values
     fast, slow = (required_number(betas, key, float) for key in ("beta_fast", "beta_slow"))
     return RopeConfig(
-        base, "yarn", factor, original, beta_fast=fast, beta_slow=slow, attention_factor=_yarn_attention(values)
+        base,
+        "yarn",
+        factor,
+        original,
+        beta_fast=fast,
+        beta_slow=slow,
+        attention_factor=_yarn_attention(values),
     )
 
 

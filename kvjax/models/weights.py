@@ -25,11 +25,16 @@ from kvjax.models.tensor_names import Origin, gguf_origins, hf_origins, hf_prefi
 __all__ = ["DTYPES", "load_weights", "open_checkpoint", "read_config"]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-_BLOCK_VALUES = 1 << 19
+_BLOCK_VALUES = 1 << 16  # small enough that temporaries stay in cache and off fresh pages
 _THREADS = min(4, os.cpu_count() or 1)
 _ALIGN = 64  # bytes; JAX takes over a host buffer aligned so, and copies any other
 # Tensors that files may hold besides the decoder's own, by the beginning or end of their names.
-_OTHER_PREFIXES = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_OTHER_PREFIXES = (
+    "vision_tower.",
+    "multi_modal_projector.",
+    "model.vision_tower.",
+    "model.multi_modal_projector.",
+)
 _OTHER_SUFFIXES = (".rotary_emb.inv_freq",)
 _TIED_COPIES = ("lm_head.weight", "language_model.lm_head.weight")
 
@@ -72,7 +77,9 @@ def open_checkpoint(path: str | Path) -> tuple[ModelConfig, GGUFFile | HFFolder,
     """Opens a checkpoint and checks that it holds exactly the parameters of its config."""
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"a model is a folder or a .gguf file, got {str(path)!r}, which does not exist")
+        raise FileNotFoundError(
+            f"a model is a folder or a .gguf file, got {str(path)!r}, which does not exist"
+        )
     if path.is_dir():
         source = HFFolder(path)
         config = config_from_hf(source.config)
@@ -94,7 +101,9 @@ def _dtype(dtype):
     except TypeError:
         name = str(dtype)
     if name not in DTYPES:
-        raise ValueError(f"weights are loaded as {' or '.join(DTYPES)}, got {name!r}; try {nearest(name, DTYPES)!r}")
+        raise ValueError(
+            f"weights are loaded as {' or '.join(DTYPES)}, got {name!r}; try {nearest(name, DTYPES)!r}"
+        )
     return DTYPES[name]
 
 
@@ -145,7 +154,9 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def _read(source, origin: Origin, shape: tuple[int, ...], dtype: np.dtype, pool: ThreadPoolExecutor) -> np.ndarray:
+def _read(
+    source, origin: Origin, shape: tuple[int, ...], dtype: np.dtype, pool: ThreadPoolExecutor
+) -> np.ndarray:
     """Reads one tensor into a new array of the target shape and dtype, by blocks of rows."""
     target = _empty(shape, dtype)
     table = target.T if origin.transposed else target
@@ -160,7 +171,7 @@ def _read(source, origin: Origin, shape: tuple[int, ...], dtype: np.dtype, pool:
     def fill(start: int) -> None:
         stop = min(start + step, n_rows)
         rows = slice(start, stop) if order is None else order[start:stop]
-        table[rows] = source.rows(origin.tensor, start, stop)
+        table[rows] = source.rows(origin.tensor, start, stop).astype(dtype, copy=False)  # cast while in cache
 
     for _ in pool.map(fill, range(0, n_rows, step)):
         pass
