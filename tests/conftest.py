@@ -15,7 +15,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 from jaxtyping import install_import_hook
 
 # Before any of our modules is imported, and for the test run only.
-install_import_hook(["kvjax", "pallas_kernels"], "beartype.beartype")
+install_import_hook(["kvjax", "pallas_kernels"], "type_check.checked")
 
 collect_ignore_glob = ["golden/make_*.py"]  # scripts that need the peers; no tests in them
 
