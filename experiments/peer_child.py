@@ -4,8 +4,9 @@ usage: python experiments/peer_child.py torch|kvjax        (started by experimen
 
 The first line on stdin is a JSON request: model (a GGUF file), ids, n_new, n_threads, logits (the
 .npy file to write the prompt's last logits to). The reply tells versions, seconds to load and
-seconds of the warm-up. Each further line asks for one more run, whose reply tells prefill_s,
-decode_s and the greedy ids. The other library's child waits on stdin meanwhile and uses no CPU.
+seconds of the warm-up. Each further line asks for one more run, whose reply tells prefill_s and
+decode_s, both summed over cores too (prefill_core_s, decode_core_s), and the greedy ids. The
+other library's child waits on stdin meanwhile and uses no CPU.
 
 The torch side runs in the `peer` extra; this file imports nothing of ours but for kvjax's side.
 """
@@ -46,10 +47,10 @@ def open_torch(request: dict) -> Generate:
 
     @torch.inference_mode()
     def run() -> dict:
-        start = time.perf_counter()
+        start = now()
         out = model(prompt, use_cache=True, logits_to_keep=1)
         logits = out.logits[0, -1].numpy()
-        middle = time.perf_counter()
+        middle = now()
         token, made = out.logits[:, -1].argmax(-1, keepdim=True), []
         for _ in range(request["n_new"]):
             made.append(token)
@@ -71,10 +72,10 @@ def open_kvjax(request: dict) -> Generate:
     draw = np.full((1, request["n_new"]), -1, np.int32)
 
     def run() -> dict:
-        start = time.perf_counter()
+        start = now()
         logits, state = kvjax.prefill(model, prompt, room=request["n_new"])
         first = np.asarray(logits[0])
-        middle = time.perf_counter()
+        middle = now()
         tokens, logits, _, _ = kvjax.decode(model, logits, state, Full(), draw)
         ids = [*np.asarray(tokens)[0].tolist(), int(np.argmax(np.asarray(logits)[0]))]
         return reply(start, middle, ids, first, request)
@@ -82,11 +83,22 @@ def open_kvjax(request: dict) -> Generate:
     return run
 
 
-def reply(start: float, middle: float, ids: list[int], logits: np.ndarray, request: dict) -> dict:
+def now() -> np.ndarray:
+    """Returns seconds: of the clock, and of all cores in this process."""
+    return np.asarray([time.perf_counter(), time.process_time()])
+
+
+def reply(start: np.ndarray, middle: np.ndarray, ids: list[int], logits: np.ndarray, request: dict) -> dict:
     """Returns the figures of a run that ends now, and writes its logits."""
-    end = time.perf_counter()
+    (prefill_s, prefill_core_s), (decode_s, decode_core_s) = middle - start, now() - middle
     np.save(request["logits"], logits.astype(np.float32))
-    return {"prefill_s": middle - start, "decode_s": end - middle, "ids": ids}
+    return {
+        "prefill_s": prefill_s,
+        "prefill_core_s": prefill_core_s,
+        "decode_s": decode_s,
+        "decode_core_s": decode_core_s,
+        "ids": ids,
+    }
 
 
 SIDES = {
@@ -100,7 +112,10 @@ def serve(side: str) -> None:
     open_side, packages = SIDES[side]
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints does not get between the replies
-    request = json.loads(sys.stdin.readline())
+    line = sys.stdin.readline()
+    if not line:
+        return  # whoever started us has gone
+    request = json.loads(line)
     use_threads(request["n_threads"])
     start = time.perf_counter()
     run = open_side(request)

@@ -9,6 +9,7 @@ agree, or the faster one may be so because it is wrong.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from kvjax.models import hub
 from kvjax.models.tokenizer import load_tokenizer
 
 CHILD = Path(__file__).parent / "peer_child.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(CHILD.parent.parent)}
 SIDES = ("kvjax", "torch")
 LOGIT_TOLERANCE = 2e-4
+LOAD_LIMIT = 0.7
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Settings:
 
     peer_python: a Python that has torch and transformers, by default this one (`make peers`).
     n_prompt, n_new: tokens prefilled, tokens decoded after them. n_runs: runs of each side.
+    busy: measure although other processes use the machine.
     """
 
     peer_python: str = sys.executable
@@ -43,6 +47,7 @@ class Settings:
     n_new: int = 64
     n_runs: int = 7
     n_threads: int = 2
+    busy: bool = False
 
 
 class Child:
@@ -52,9 +57,9 @@ class Child:
         """Starts the process; `ready` waits for it."""
         self.side = side
         self.logits = folder / f"{side}.npy"
-        self.process = subprocess.Popen(
-            [python, str(CHILD), side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = [python, str(CHILD), side]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen(command, **pipes, text=True, env=ENVIRONMENT)
         self.request = request | {"logits": str(self.logits)}
 
     def ready(self) -> dict:
@@ -102,10 +107,28 @@ def measure(children: dict[str, Child], n_runs: int) -> dict[str, list[dict]]:
     return runs
 
 
+def load_average(busy: bool) -> float | None:
+    """Returns how many processes wanted a core in the last minute, None where nobody counts them.
+
+    Raises:
+        RuntimeError: where others use the machine, unless busy is allowed.
+    """
+    if not hasattr(os, "getloadavg"):
+        return None
+    load = os.getloadavg()[0]
+    if load > LOAD_LIMIT and not busy:
+        raise RuntimeError(
+            f"both sides have the cores to themselves (torch's threads wait for each other and suffer most), "
+            f"got {load=:.2f} over {LOAD_LIMIT}: wait a minute, or allow it with --busy"
+        )
+    return load
+
+
 def compared(runs: dict[str, list[dict]], name: str) -> dict:
-    """Returns medians and single times of one quantity, ours against theirs, in microseconds."""
-    times = {side: [round(1e6 * run[name]) for run in runs[side]] for side in SIDES}
+    """Returns median and single times of one quantity, ours and theirs; core_us sums over cores."""
+    times = {side: [round(1e6 * run[f"{name}_s"]) for run in runs[side]] for side in SIDES}
     ours, theirs = (statistics.median(times[side]) for side in SIDES)
+    cores = {side: statistics.median(1e6 * run[f"{name}_core_s"] for run in runs[side]) for side in SIDES}
     return {
         "impl": "kvjax",
         "time_us": ours,
@@ -114,6 +137,8 @@ def compared(runs: dict[str, list[dict]], name: str) -> dict:
         "speedup": theirs / ours,
         "runs_us": times["kvjax"],
         "peer_runs_us": times["torch"],
+        "core_us": cores["kvjax"],
+        "peer_core_us": cores["torch"],
     }
 
 
@@ -136,6 +161,7 @@ def agreement(children: dict[str, Child], runs: dict[str, list[dict]]) -> dict:
 
 def main(settings: Settings):
     """Measures, prints and stores."""
+    load = load_average(settings.busy)
     path = hub.fetch(settings.model)
     request = {
         "model": str(path),
@@ -156,9 +182,10 @@ def main(settings: Settings):
                 child.close()
     lengths = f"{settings.n_prompt} tokens then {settings.n_new}"
     spec = f"{settings.model} float32 B1, {lengths}, {settings.n_threads} threads"
+    shared = agree | {"load_average": load, "ready": ready}
     claims = {}
     for name in ("prefill", "decode"):
-        row = compared(runs, f"{name}_s") | agree | {"ready": ready}
+        row = compared(runs, name) | shared
         stored = stored.add({"name": name, "spec": spec}, row)
         claims[f"{name}_speedup"] = row["speedup"]
         ours_s, theirs_s = row["time_us"] / 1e6, row["peer_us"] / 1e6
