@@ -103,7 +103,7 @@ class Tokenizer:
         try:
             template = _environment().from_string(self.template)
             return template.render(messages=list(messages), add_generation_prompt=generate, **self.special)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ValueError(
                 f"the chat template must accept the messages, got from it: {error}; change roles or order"
             ) from error
