@@ -15,7 +15,10 @@ from jaxtyping import Array, Float, Int
 from kvjax import storage
 from kvjax.cache import KV, Layer, runs, starts, take, view
 from kvjax.rope import rotate
-from kvjax.shapes import Positions, Queries
+from kvjax.shapes import Leaf, Positions, Queries
+
+_BLOCK = 256  # slots per step of a prompt's attention
+_NEVER = float(jnp.finfo(jnp.float32).min)  # logit of a slot that is not visible
 
 __all__ = ["Selection", "attend", "precision", "weights"]
 
@@ -24,7 +27,7 @@ __all__ = ["Selection", "attend", "precision", "weights"]
 class Selection:
     """Which blocks of slots each KV head reads: indices with a static length, -1 = none."""
 
-    idx: jax.Array  # [B K N] int32
+    idx: Leaf  # [B K N] int32
     block: int = struct.field(pytree_node=False)  # slots per block, P
 
 
@@ -52,15 +55,19 @@ def weights(kv: KV, q: Queries, pos: Positions) -> Float[Array, "B G T R"]:
     """Returns the attention weights of un-rotated queries over the packed slots.
 
     Queries with pos < 0 are padding and give 0.
+
+    Cost: reads K once and holds B·G·T·R weights.
     """
     q = _rotate_queries(kv, q, pos)
     keys = storage.read(kv.k)
+    batch, length, _, group, size = q.shape
     out = []
     for run in runs(kv.slots):
         key, _, when, mass = _with_rotation(kv, (view(keys, run), None, view(kv.pos, run), view(kv.mass, run)))
-        p = jax.nn.softmax(_logits(kv.layer, q[:, :, run.head : run.head + run.n], pos, key, when, mass), axis=-1)
-        p = jnp.where((pos >= 0)[:, None, None, :, None], p, 0)
-        out.append(jnp.moveaxis(p, 1, 3).reshape(*p.shape[:1], p.shape[2], p.shape[3], -1))
+        rows = jnp.moveaxis(q[:, :, run.head : run.head + run.n], 1, 3).reshape(batch, run.n, -1, size)
+        p = jax.nn.softmax(_logits(kv.layer, rows, jnp.tile(pos, (1, group)), key, when, mass), axis=-1)
+        p = jnp.where(jnp.tile(pos >= 0, (1, group))[:, None, :, None], p, 0.0)
+        out.append(jnp.moveaxis(p, 1, 2).reshape(batch, group, length, -1))
     return jnp.concatenate(out, axis=-1)
 
 
@@ -92,17 +99,29 @@ def _selected(kv: KV, selection: Selection) -> tuple:
 
 
 def _logits(layer: Layer, q: Array, pos: Array, keys: Array, when: Array, mass: Array) -> Array:
-    """Returns masked logits [B K G T S] in float32."""
+    """Returns masked logits [B K X S] in float32, X = queries of the group at their positions."""
     exact = precision(q.dtype)
-    logit = jnp.einsum("btkgd,bksd->bkgts", q, keys, precision=exact, preferred_element_type=jnp.float32)
+    logit = jnp.einsum("bkxd,bksd->bkxs", q, keys, precision=exact, preferred_element_type=jnp.float32)
     logit = logit * layer.scale
     if layer.softcap is not None:
         logit = layer.softcap * jnp.tanh(logit / layer.softcap)
-    visible = (mass > 0)[:, :, None, None, :] & (when[:, :, None, None, :] <= pos[:, None, None, :, None])
+    visible = (mass > 0)[:, :, None, :] & (when[:, :, None, :] <= pos[:, None, :, None])
     if layer.window is not None:
-        visible &= when[:, :, None, None, :] > pos[:, None, None, :, None] - layer.window
-    weight = jnp.log(jnp.where(mass > 0, mass, 1.0))[:, :, None, None, :]
-    return jnp.where(visible, logit + weight, jnp.finfo(jnp.float32).min)
+        visible &= when[:, :, None, :] > pos[:, None, :, None] - layer.window
+    return jnp.where(visible, logit + jnp.log(jnp.where(mass > 0, mass, 1.0))[:, :, None, :], _NEVER)
+
+
+def _partial(layer: Layer, q: Array, pos: Array, keys: Array, values: Array, when: Array, mass: Array) -> tuple:
+    """Returns the largest logit [B K X], the sum of weights [B K X] and the weighted values [B K X D]."""
+    logit = _logits(layer, q, pos, keys, when, mass)
+    top = jnp.max(logit, axis=-1)
+    p = jnp.where(logit > _NEVER, jnp.exp(logit - top[..., None]), 0.0)
+    values = jnp.where((mass > 0)[..., None], values, 0)  # an empty slot may hold NaN, and 0·NaN is NaN
+    exact = precision(values.dtype)
+    out = jnp.einsum(
+        "bkxs,bksd->bkxd", p.astype(values.dtype), values, precision=exact, preferred_element_type=jnp.float32
+    )
+    return top, p.sum(-1), out
 
 
 def _attend_dense(
@@ -115,12 +134,35 @@ def _attend_dense(
     mass: Float[Array, "B K S"],
 ) -> Float[Array, "B T K G D"]:
     """Attends with rotated queries over one dense view."""
-    logit = _logits(layer, q, pos, keys, when, mass)
-    top = jnp.max(logit, axis=-1, keepdims=True)
-    p = jnp.where(logit > jnp.finfo(jnp.float32).min, jnp.exp(logit - top), 0.0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    p = (p / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)).astype(values.dtype)
-    values = jnp.where((mass > 0)[..., None], values, 0)  # an empty slot may hold NaN, and 0·NaN is NaN
-    exact = precision(p.dtype)
-    out = jnp.einsum("bkgts,bksd->btkgd", p, values, precision=exact, preferred_element_type=jnp.float32)
-    return out.astype(q.dtype)
+    batch, length, n_heads, group, size = q.shape
+    rows = jnp.moveaxis(q, 1, 3).reshape(batch, n_heads, group * length, size)
+    when_q = jnp.tile(pos, (1, group))  # [B X], X = G·T
+    slots = (keys, values, when, mass)
+    if length == 1:
+        _, total, out = _partial(layer, rows, when_q, *slots)
+    else:
+        _, total, out = _in_blocks(layer, rows, when_q, slots)
+    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    out = out.reshape(batch, n_heads, group, length, size)
+    return jnp.moveaxis(out, 3, 1).astype(q.dtype)
+
+
+def _in_blocks(layer: Layer, q: Array, pos: Array, slots: tuple) -> tuple:
+    """Joins `_partial` over blocks of slots, as far as slots are occupied."""
+    size = slots[3].shape[2]
+    block = min(_BLOCK, size)
+    used = jnp.max(jnp.where(slots[3] > 0, jnp.arange(1, size + 1), 0))
+
+    def step(i, carry):
+        top, total, out = carry
+        start = jnp.minimum(i * block, size - block)  # the last block may overlap the one before
+        part = [jax.lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in slots]
+        part[3] = jnp.where(start + jnp.arange(block) >= i * block, part[3], 0.0)
+        new_top, new_total, new_out = _partial(layer, q, pos, *part)
+        joint = jnp.maximum(top, new_top)
+        old, new = jnp.exp(top - joint), jnp.exp(new_top - joint)
+        return joint, total * old + new_total * new, out * old[..., None] + new_out * new[..., None]
+
+    shape = q.shape[:3]
+    empty = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, q.shape[3])))
+    return jax.lax.fori_loop(0, (used + block - 1) // block, step, empty)

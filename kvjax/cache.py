@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from kvjax import storage
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.rope import rotate
-from kvjax.shapes import Packed, Positions, Slots, Tokens
+from kvjax.shapes import Leaf, Packed, Positions, Slots, Tokens
 from pallas_kernels.backend import debug_check
 
 __all__ = ["KV", "Layer", "Run", "allocate", "append", "count", "keep", "newest", "runs", "starts", "take", "view", "widen"]
@@ -58,13 +58,13 @@ class Layer:
 class KV:
     """KV state of one layer. Arrays are leaves, the rest is static."""
 
-    k: Any  # [B R D], or a quantised store
-    v: Any  # [B R D], or a quantised store
-    pos: jax.Array  # [B R] int32, rotary position of the slot
-    mass: jax.Array  # [B R] float32, tokens the slot stands for
-    fill: jax.Array  # [B K] int32, next free slot of the head
-    seen: jax.Array  # [B] int32, tokens consumed
-    aux: Any  # the method's own index
+    k: Leaf  # [B R D], or a quantised store
+    v: Leaf  # [B R D], or a quantised store
+    pos: Leaf  # [B R] int32, rotary position of the slot
+    mass: Leaf  # [B R] float32, tokens the slot stands for
+    fill: Leaf  # [B K] int32, next free slot of the head
+    seen: Leaf  # [B] int32, tokens consumed
+    aux: Leaf  # the method's own index
     layer: Layer = struct.field(pytree_node=False)
     slots: tuple[int, ...] = struct.field(pytree_node=False)  # [K] capacity of each head
     rotated: bool = struct.field(pytree_node=False)  # keys are stored rotated by pos

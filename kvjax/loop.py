@@ -21,8 +21,9 @@ from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.models.decoder import Decoder
 from kvjax.sampling import Limits, Sampling, sample
+from kvjax.shapes import Ids
 
-__all__ = ["State", "decode", "decode_step", "init_state", "pad", "prefill", "prompt_logits"]
+__all__ = ["State", "chunk_size", "decode", "decode_step", "init_state", "pad", "prefill", "prompt_logits"]
 
 State = tuple[KV, ...]
 _STATIC = ("config", "dtype", "methods")
@@ -84,29 +85,34 @@ def prefill(
     ids = _check(model, ids)
     if compress not in ("end", "chunk"):
         raise ValueError(f'compress is "end" or "chunk", got {compress=}')
-    chunk = min(chunk, max(16, 1 << (ids.shape[1] - 1).bit_length()))
-    ids = pad([row[row >= 0].tolist() for row in ids], chunk)
     methods = per_layer(method, model.config)
-    fresh = state is None
-    if fresh:
+    n_queries = max(m.n_queries for m in methods)
+    chunk = chunk_size(ids.shape[1], max(chunk, n_queries))
+    ids = pad([row[row >= 0].tolist() for row in ids], chunk)
+    if state is None:
         total = min(ids.shape[1] + room, model.config.context_length)
         state = init_state(model, method, len(ids), total, ids.shape[1] if compress == "end" else 0)
-    elif not all(m.evicts for m in methods):
+    else:
         _check_room(state, methods, ids.shape[1])
+        state = _widen(state, methods, ids.shape[1]) if compress == "end" else state
     seen = np.asarray(state[0].seen)[:, None]
-    if not fresh and compress == "end":
-        state = _widen(state, methods, ids.shape[1])
     pos = np.where(ids >= 0, np.cumsum(ids >= 0, axis=1) - 1 + seen, -1).astype(np.int32)
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, start + chunk)
-        last = start + chunk == ids.shape[1]
         if compress == "chunk":
             state = _widen(state, methods, chunk)
-        logits, state = _read(
+        logits, state, queries = _read(
             model.params, ids[:, part], pos[:, part], state,
-            config=model.config, dtype=model.dtype, methods=methods, compress=last or compress == "chunk", last_only=True,
+            config=model.config, dtype=model.dtype, methods=methods, n_queries=n_queries,
         )  # fmt: skip
+        if compress == "chunk" or start + chunk == ids.shape[1]:
+            state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), methods)
     return logits[:, 0], state
+
+
+def chunk_size(length: int, chunk: int) -> int:
+    """Returns how many tokens of a prompt are read at once: a power of two where the prompt is short."""
+    return min(chunk, max(16, 1 << (length - 1).bit_length()))
 
 
 @functools.partial(jax.jit, static_argnames=("methods", "extra"), donate_argnames="state")
@@ -119,14 +125,35 @@ def _widen(state: State, methods: tuple[CacheMethod, ...], extra: int) -> State:
     return tuple(new)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "compress", "last_only"), donate_argnames="state")
-def _read(params: Any, ids: Array, pos: Array, state: State, *, config, dtype, methods, compress, last_only):
-    """Runs one chunk of a prompt."""
-    decoder = Decoder(config, dtype)
-    logits, state, _ = decoder.apply(
-        {"params": params}, ids, pos, state, methods, compress=compress, last_only=last_only
+@functools.partial(jax.jit, static_argnames=(*_STATIC, "n_queries", "last_only"), donate_argnames="state")
+def _read(params, ids, pos, state, *, config, dtype, methods, n_queries=0, last_only=True):
+    """Runs one chunk of a prompt; also returns each layer's newest n_queries queries."""
+    logits, state, records = Decoder(config, dtype).apply(
+        {"params": params}, ids, pos, state, methods, last_only=last_only
     )
-    return logits, state
+    return logits, state, tuple(r.q[:, r.q.shape[1] - n_queries :] for r in records)
+
+
+def _compress_all(state: State, queries: Sequence[Array], pos: Array, methods: Sequence[CacheMethod]) -> State:
+    """Compresses layer by layer, so that one layer at a time exists twice."""
+    old, new = list(state)[::-1], []
+    for q, m in zip(queries, methods, strict=True):
+        new.append(_compress(old.pop(), q, pos, method=m))
+    return tuple(new)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _compress(kv: KV, q: Array, pos: Array, *, method: CacheMethod) -> KV:
+    """Compresses one layer; equal layers share one program."""
+    return method.compress(kv, q, pos)
+
+
+@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
+def _step(params, ids, pos, state, *, config, dtype, methods):
+    """Runs one decode step."""
+    decoder = Decoder(config, dtype)
+    logits, state, _ = decoder.apply({"params": params}, ids, pos, state, methods, compress=True)
+    return logits[:, 0], state
 
 
 def prompt_logits(model: Model, ids: Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
@@ -140,9 +167,9 @@ def prompt_logits(model: Model, ids: Int[np.ndarray, "B T"]) -> Float[Array, "B 
         raise ValueError("logits take rows of one length, got padding: call once per length")
     state = init_state(model, Full(), len(ids), ids.shape[1], ids.shape[1])
     pos = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    logits, _ = _read(
+    logits, _, _ = _read(
         model.params, ids, pos, state,
-        config=model.config, dtype=model.dtype, methods=per_layer(Full(), model.config), compress=False, last_only=False,
+        config=model.config, dtype=model.dtype, methods=per_layer(Full(), model.config), last_only=False,
     )  # fmt: skip
     return logits
 
@@ -169,7 +196,7 @@ def _check_room(state: State, methods: Sequence[CacheMethod], extra: int) -> Non
 
 
 def decode_step(
-    model: Model, ids: Int[Array, " B"], state: State, method: CacheMethod = Full()  # noqa: B008
+    model: Model, ids: Ids, state: State, method: CacheMethod = Full()  # noqa: B008
 ) -> tuple[Float[Array, "B V"], State]:
     """Appends one token per row and returns the logits of the next. The given state is consumed.
 
@@ -177,11 +204,8 @@ def decode_step(
     """
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
-    logits, state = _read(
-        model.params, ids, pos, state,
-        config=model.config, dtype=model.dtype, methods=per_layer(method, model.config), compress=True, last_only=True,
-    )  # fmt: skip
-    return logits[:, 0], state
+    methods = per_layer(method, model.config)
+    return _step(model.params, ids, pos, state, config=model.config, dtype=model.dtype, methods=methods)
 
 
 def decode(

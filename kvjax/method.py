@@ -38,6 +38,11 @@ class CacheMethod(abc.ABC):
     evicts: ClassVar[bool] = False  # compress removes or moves slots
     budget: Budget | None
 
+    @property
+    def n_queries(self) -> int:
+        """How many of the newest queries `compress` looks at after a prompt, W."""
+        return 1
+
     def __post_init__(self) -> None:
         """Makes the budget hashable and checks it.
 
@@ -137,6 +142,11 @@ class Chain(CacheMethod):
     def evicts(self) -> bool:  # type: ignore[override]
         """Whether the first method evicts."""
         return self.methods[0].evicts
+
+    @property
+    def n_queries(self) -> int:
+        """The largest W of the methods."""
+        return max(m.n_queries for m in self.methods)
 
     def for_layer(self, index: int) -> "Chain":
         """Returns the chain of one layer."""

@@ -61,9 +61,11 @@ def replay(
         room: tokens that will follow.
     """
     total = min(pos.shape[1] + room, model.config.context_length)
+    methods = per_layer(method, model.config)
+    chunk = max(chunk, *(m.n_queries for m in methods))
     return tuple(
         _replay_layer(r, pos, layer=layer, method=m, total=total, chunk=chunk)
-        for r, layer, m in zip(records, layers(model.config), per_layer(method, model.config), strict=True)
+        for r, layer, m in zip(records, layers(model.config), methods, strict=True)
     )
 
 
@@ -71,6 +73,9 @@ def replay(
 def _replay_layer(r: Record, pos: Array, *, layer: Layer, method: CacheMethod, total: int, chunk: int) -> KV:
     """Runs the verbs of one layer over a recorded prompt, chunk by chunk."""
     batch, length = pos.shape
+    lead = -length % chunk
+    r = Record(*(jnp.pad(x, ((0, 0), (lead, 0), *[(0, 0)] * (x.ndim - 2))) for x in r))
+    pos = jnp.pad(pos, ((0, 0), (lead, 0)), constant_values=-1)
     slots = method.slots(layer, total)
     slots = tuple(max(s, length) for s in slots) if method.evicts else slots
     kv = method.init(layer, batch, slots, r.k.dtype)
@@ -80,5 +85,5 @@ def _replay_layer(r: Record, pos: Array, *, layer: Layer, method: CacheMethod, t
         kv, idx = cache.append(kv, k, v, p)
         return method.observe(kv, q, p, idx), None
 
-    kv, _ = jax.lax.scan(one, kv, jnp.arange(length // chunk))
+    kv, _ = jax.lax.scan(one, kv, jnp.arange((length + lead) // chunk))
     return method.compress(kv, r.q[:, -chunk:], pos[:, -chunk:])

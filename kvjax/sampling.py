@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from kvjax.shapes import Leaf
+
 __all__ = ["Sampling", "sample"]
 
 
@@ -42,10 +44,10 @@ class Sampling:
 class Limits:
     """Sampling settings as scalars on the device."""
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
+    temperature: Leaf
+    top_k: Leaf
+    top_p: Leaf
+    min_p: Leaf
 
 
 def sample(logits: Float[Array, "B V"], limits: Limits, key: Array) -> Int[Array, " B"]:

@@ -6,9 +6,12 @@
     P slots per block   N blocks chosen   W observation window
 """
 
-from jaxtyping import Array, Bool, Float, Int
+from typing import Any
 
-__all__ = ["Packed", "Positions", "Queries", "Rows", "Slots", "Tokens"]
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+__all__ = ["Ids", "Leaf", "Packed", "Positions", "Queries", "Rows", "Slots", "Tokens"]
 
 Queries = Float[Array, "B T K G D"]  # un-rotated unless a name says otherwise
 Tokens = Float[Array, "B T K D"]  # keys or values of new tokens
@@ -16,4 +19,5 @@ Positions = Int[Array, "B T"]  # rotary positions of new tokens, -1 = padding
 Packed = Float[Array, "B R"]  # one number per slot, heads one after the other
 Rows = Float[Array, "B R D"]  # one vector per slot
 Slots = Int[Array, "B K T"]  # packed rows that new tokens were written to, R = dropped
-Mask = Bool[Array, "B R"]
+Ids = Int[Array, " B"] | Int[np.ndarray, " B"]  # one token per row, -1 = none
+Leaf = Any  # a leaf of a pytree: an array, and in transformations also a shape or a sharding

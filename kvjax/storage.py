@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from kvjax.shapes import Packed, Slots
+from kvjax.shapes import Leaf, Packed, Slots
 
 __all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "write"]
 
@@ -25,12 +25,12 @@ __all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "write"]
 class Quantized:
     """Codes with their scales, and the ring of recent rows in full precision."""
 
-    codes: jax.Array  # [B R D] uint8, or [B R D/2] with two 4-bit codes a byte
-    scale: jax.Array  # [B R 1] per token, or [B ΣN D] per channel and block
-    zero: jax.Array  # as scale
-    recent: jax.Array  # [B K W D]
-    slot: jax.Array  # [B K W] int32 packed row of each recent vector, R = none
-    turn: jax.Array  # [B] int32, where the ring is written next
+    codes: Leaf  # [B R D] uint8, or [B R D/2] with two 4-bit codes a byte
+    scale: Leaf  # [B R 1] per token, or [B ΣN D] per channel and block
+    zero: Leaf  # as scale
+    recent: Leaf  # [B K W D]
+    slot: Leaf  # [B K W] int32 packed row of each recent vector, R = none
+    turn: Leaf  # [B] int32, where the ring is written next
     bits: int = struct.field(pytree_node=False)
     block: int | None = struct.field(pytree_node=False)  # slots per key block; None = per token
     slots: tuple[int, ...] = struct.field(pytree_node=False)
@@ -87,7 +87,7 @@ def quantize(x: Float[Array, "B R D"], mass: Packed, order: Packed, store: dict)
         codes, scale, zero = _encode(clean, bits, axis=-1)
     else:
         rows, inside = blocks(slots, block)
-        at = jnp.where(inside, blocks, 0)  # [ΣN P]
+        at = np.where(inside, rows, 0)  # [ΣN P]
         alive = (mass[:, at] > 0) & inside
         codes, scale, zero = _encode(clean[:, at], bits, axis=2, alive=alive[..., None])
         full = jnp.zeros((batch, n_rows + 1, codes.shape[-1]), codes.dtype)

@@ -9,8 +9,8 @@ place of the token with the fewest votes, so after n of them the prompt's part o
 that of SnapKV with a budget of budget - n. Cannot serve a question that the prompt's end did not
 contain.
 
-Source: arXiv 2404.14469, section 4.1. Deviations: mean pooling, as kvpress (the paper: max), and votes averaged over a group's
-query heads; kept positions equal those of kvpress 0.5.5 with the same settings.
+Source: arXiv 2404.14469, section 4.1. Deviations: mean pooling, as
+kvpress (the paper: max), and votes averaged over a group's query heads. Kept positions equal those of kvpress 0.5.5 with the same settings.
 """
 
 from dataclasses import dataclass
@@ -41,10 +41,15 @@ class SnapKV(CacheMethod):
     evicts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an empty window or an even kernel."""
+        """Raises ValueError for a window below 2 or an even kernel."""
         super().__post_init__()
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"window is at least 1 and kernel odd, got {self.window=} and {self.kernel=}")
+        if self.window < 2 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"window is at least 2 and kernel odd, got {self.window=} and {self.kernel=}")
+
+    @property
+    def n_queries(self) -> int:
+        """The observation window."""
+        return self.window
 
     def budgets(self, layer: Layer) -> tuple[int, ...]:
         """Returns the budget of each head.

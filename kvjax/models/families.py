@@ -178,9 +178,8 @@ def config_from_hf(raw: dict) -> ModelConfig:
 
 def _family_of(raw: dict) -> tuple[str, dict]:
     """Returns the family's name and its settings (of the text part, if there are several)."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        got = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ValueError(f"config.json is an object with a 'model_type', got {got=}; download it again")
+    if not isinstance(raw.get("model_type"), str):
+        raise ValueError(f"config.json names its 'model_type', got {raw.get('model_type')!r}; download it again")
     name = raw["model_type"]
     if name == "gemma3":
         text = raw.get("text_config")

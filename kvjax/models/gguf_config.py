@@ -54,7 +54,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     if not isinstance(arch, str) or arch not in GGUF_FAMILIES:
         raise NotImplementedError(
             f"GGUF architectures read are {', '.join(GGUF_FAMILIES)}, got {arch!r}; the nearest is "
-            f"{nearest(arch, GGUF_FAMILIES)!r}: convert to it or add a row to GGUF_FAMILIES"
+            f"{nearest(str(arch), GGUF_FAMILIES)!r}: convert to it or add a row to GGUF_FAMILIES"
         )
     row = GGUF_FAMILIES[arch]
     own = {k.removeprefix(arch + "."): v for k, v in file.metadata.items() if k.startswith(arch + ".")}

@@ -118,7 +118,7 @@ def _tensor(path: Path, name: str, entry, start: int) -> tuple[SafeTensor, tuple
             f"{str(path)!r}; "
             f"{_AGAIN}"
         )
-    if kind not in SAFETENSORS_TYPES:
+    if not isinstance(kind, str) or kind not in SAFETENSORS_TYPES:
         raise NotImplementedError(
             f"tensors of type {', '.join(SAFETENSORS_TYPES)} are read, got {kind!r} for {name=} in "
             f"{str(path)!r}; "
@@ -155,6 +155,10 @@ class HFFolder:
                 "Hugging Face model, or a .gguf file"
             )
         self.config = read_json(config)
+        if not isinstance(self.config, dict):
+            raise ValueError(
+                f"config.json is an object, got {type(self.config).__name__} in {str(config)!r}; {_AGAIN}"
+            )
         self.tensors = self._read_tensors()
 
     def _read_tensors(self) -> dict[str, SafeTensor]:

@@ -1,0 +1,336 @@
+"""Laws that every method of the registry obeys; a new method is tested by being there."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import cache, loop, measure
+from kvjax.methods import METHODS, make, per_layer
+from kvjax.method import CacheMethod
+from kvjax.model import Model
+from kvjax.models.config import ModelConfig, RopeConfig
+
+BUDGET, PROMPT, NEW = 48, 90, 12
+
+
+def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
+    """A random decoder whose attention is far from uniform."""
+    config = ModelConfig(
+        family="llama", vocab_size=97, width=32, ffn_width=48, n_layers=len(windows), n_heads=n_kv_heads * group,
+        n_kv_heads=n_kv_heads, head_dim=16, context_length=512, rope=RopeConfig(), norm_eps=1e-5, query_scale=0.25,
+        layer_windows=windows,
+    )  # fmt: skip
+    rng, params = np.random.default_rng(group), {}
+    for path, shape in config.param_shapes().items():
+        *parents, leaf = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        scale = 1.0 if leaf in ("scale", "embedding") else 1.5 / np.sqrt(shape[0])
+        node[leaf] = jnp.asarray(rng.normal(1.0 if leaf == "scale" else 0.0, scale * (0.1 if leaf == "scale" else 1), shape), jnp.float32)
+    return Model("tiny", config, params, None, jnp.dtype("float32"))
+
+
+MODELS = {"G2": tiny(2), "G1 with a window": tiny(1, windows=(24, None))}
+
+
+def settings(name: str, budget: int = BUDGET) -> dict:
+    """The settings under which a method is tested: its defaults at a budget."""
+    return {"budget": budget} if "budget" in METHODS[name].__dataclass_fields__ else {}
+
+
+CASES = {name: make(name, **settings(name)) for name in METHODS}
+CASES |= {
+    "snapkv+kivi4": kvjax.chain(make("snapkv", budget=BUDGET), make("kivi", bits=4)),
+    "knorm+quest": kvjax.chain(make("knorm", budget=BUDGET), make("quest", budget=32)),
+    "quest+kivi8": kvjax.chain(make("quest", budget=32), make("kivi", bits=8)),
+}
+EVICTS = [name for name, m in CASES.items() if m.evicts]
+RNG = np.random.default_rng(0)
+PROMPTS = RNG.integers(0, 97, (2, PROMPT)).astype(np.int32)
+FORCED = RNG.integers(0, 97, (2, NEW)).astype(np.int32)
+
+every_method = pytest.mark.parametrize("name", CASES)
+every_model = pytest.mark.parametrize("model_name", MODELS)
+
+
+def run(model: Model, method: CacheMethod, ids=PROMPTS, forced=FORCED, **options):
+    """Prefills and decodes forced tokens; returns the logits of each step, and the state."""
+    first, state = kvjax.prefill(model, ids, method, room=forced.shape[1], **options)
+    _, last, state, kept = kvjax.decode(model, first, state, method, forced, keep_logits=True)
+    return np.concatenate([np.asarray(kept), np.asarray(last)[:, None]], axis=1), state
+
+
+@functools.cache
+def usual(model_name: str, name: str):
+    """The run that several laws look at."""
+    return run(MODELS[model_name], CASES[name])
+
+
+@every_method
+@every_model
+def test_output_is_finite_and_differs_between_inputs(name, model_name):
+    model = MODELS[model_name]
+    logits, _ = usual(model_name, name)
+    assert np.isfinite(logits).all()
+    assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+@every_method
+def test_equal_settings_compile_once(name):
+    usual("G2", name)
+    before = loop._decode._cache_size()
+    copy = dataclasses.replace(CASES[name])
+    assert copy is not CASES[name]
+    run(MODELS["G2"], copy)
+    assert loop._decode._cache_size() == before
+
+
+@every_method
+@every_model
+def test_a_step_keeps_structure_shapes_and_types(name, model_name):
+    model = MODELS[model_name]
+    _, state = usual(model_name, name)
+    shapes = jax.eval_shape(lambda s: s, state)
+
+    def step(s, _):
+        return kvjax.decode_step(model, jnp.zeros(2, jnp.int32), s, CASES[name])[1], None
+
+    assert jax.eval_shape(lambda s: jax.lax.scan(step, s, None, length=3)[0], state) == shapes
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)] + ["full"])
+@every_model
+def test_full_budget_is_dense(name, model_name):
+    model = MODELS[model_name]
+    total = 128 + NEW  # the prompt is padded to a power of two
+    method = make(name, **settings(name, total))
+    dense, _ = usual(model_name, "full")
+    ours, _ = run(model, method)
+    np.testing.assert_allclose(ours, dense, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", EVICTS)
+@pytest.mark.parametrize("compress", ["end", "chunk"])
+def test_slots_stay_within_the_budget(name, compress):
+    model = MODELS["G2"]
+    forced = np.full((2, 70), 5, np.int32)  # long enough to turn every slot over
+    _, state = run(model, CASES[name], forced=forced, compress=compress, chunk=32)
+    for kv in state:
+        assert kv.slots == (BUDGET,) * 2
+        assert int(cache.count(kv).max()) <= BUDGET
+        assert int(cache.count(kv).min()) >= BUDGET - 1  # and the budget is used
+
+
+@every_method
+@every_model
+def test_mass_accounts_for_the_tokens_seen(name, model_name):
+    model = MODELS[model_name]
+    method = CASES[name]
+    _, state = usual(model_name, name)
+    for kv, m in zip(state, per_layer(method, model.config), strict=True):
+        for part in cache.runs(kv.slots):
+            mass = np.asarray(cache.view(kv.mass, part)).sum(-1)
+            assert (mass <= PROMPT + NEW).all()
+            if not m.evicts:
+                assert (mass == PROMPT + NEW).all()
+        assert (np.asarray(kv.seen) == PROMPT + NEW).all()
+
+
+@every_method
+@every_model
+def test_empty_slots_may_hold_nan(name, model_name):
+    model = MODELS[model_name]
+    method = CASES[name]
+    first, state = kvjax.prefill(model, PROMPTS[:, :40], method, room=NEW)
+
+    def poison(kv):
+        if not isinstance(kv.k, jax.Array):
+            return kv  # codes hold no NaN
+        empty = (kv.mass == 0)[..., None]
+        assert empty.any()
+        return kv.replace(k=jnp.where(empty, jnp.nan, kv.k), v=jnp.where(empty, jnp.nan, kv.v))
+
+    poisoned = tuple(poison(kv) for kv in jax.tree.map(jnp.copy, state))
+    clean = kvjax.decode(model, first, state, method, FORCED, keep_logits=True)[3]
+    dirty = kvjax.decode(model, first, poisoned, method, FORCED, keep_logits=True)[3]
+    np.testing.assert_array_equal(np.asarray(clean), np.asarray(dirty))
+
+
+@every_method
+@every_model
+def test_chunked_prefill_equals_one_shot(name, model_name):
+    model = MODELS[model_name]
+    at_once, _ = usual(model_name, name)
+    chunked, _ = run(model, CASES[name], chunk=32)
+    np.testing.assert_allclose(chunked, at_once, atol=2e-4)
+
+
+@every_method
+@every_model
+def test_each_row_is_that_row_alone(name, model_name):
+    model = MODELS[model_name]
+    lengths = (PROMPT, 1, 37, 0)
+    rows = [PROMPTS[0, :n].tolist() for n in lengths]
+    forced = np.repeat(FORCED[:1], len(rows), axis=0)
+    together, state = run(model, CASES[name], ids=kvjax.pad(rows), forced=forced)
+    assert np.asarray(state[1].seen).tolist() == [n + NEW for n in lengths]
+    assert np.isfinite(together).all()
+    for i, row in enumerate(rows[:3]):
+        padded = np.concatenate([np.full(PROMPT - len(row), -1), row]).astype(np.int32)
+        alone, _ = run(model, CASES[name], ids=padded[None], forced=forced[:1])
+        np.testing.assert_allclose(together[i], alone[0], atol=2e-4)
+
+
+@every_method
+def test_padding_changes_nothing(name):
+    model, method = MODELS["G2"], CASES[name]
+    first, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
+    before = jax.tree.map(np.array, state)
+    _, state = kvjax.decode_step(model, np.array([7, -1], np.int32), state, method)
+    for old, new in zip(before, state, strict=True):
+        np.testing.assert_array_equal(old.seen + [1, 0], new.seen)
+        for run_ in cache.runs(new.slots):
+            np.testing.assert_array_equal(cache.view(old.pos, run_)[1], cache.view(new.pos, run_)[1])
+            np.testing.assert_array_equal(cache.view(old.mass, run_)[1], cache.view(new.mass, run_)[1])
+
+
+@every_method
+def test_jit_changes_nothing(name):
+    model, method = MODELS["G2"], CASES[name]
+    first, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
+    copy = jax.tree.map(jnp.copy, state)
+    jitted, _ = kvjax.decode_step(model, FORCED[:, 0], state, method)
+    with jax.disable_jit():
+        plain, _ = kvjax.decode_step(model, FORCED[:, 0], copy, method)
+    np.testing.assert_allclose(np.asarray(jitted), np.asarray(plain), atol=1e-4)
+
+
+@every_method
+def test_bytes_are_those_of_the_leaves(name):
+    model, method = MODELS["G2"], CASES[name]
+    _, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
+    assert measure.nbytes(state) == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(state))
+    read = measure.bytes_read(state, per_layer(method, model.config))
+    assert 0 < read <= measure.nbytes(state)
+
+
+def compiled_step(model: Model, method: CacheMethod, prompt: int, new: int):
+    """Compiles the decode loop for a state of this size; returns its memory and the state's bytes."""
+
+    def prepared():
+        state = loop.init_state(model, method, 1, prompt + new, prompt)
+        q = jnp.zeros((1, 64, model.config.n_kv_heads, model.config.group, model.config.head_dim))
+        pos = jnp.zeros((1, 64), jnp.int32)
+        methods = per_layer(method, model.config)
+        return tuple(m.compress(kv, q, pos) for m, kv in zip(methods, state, strict=True))
+
+    state = jax.eval_shape(prepared)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    lowered = loop._step.lower(
+        model.params, ids, ids, state, config=model.config, dtype=model.dtype, methods=per_layer(method, model.config)
+    )
+    return lowered.compile().memory_analysis(), state
+
+
+@every_method
+def test_the_compiled_step_aliases_the_donated_cache(name):
+    model = dataclasses.replace(MODELS["G2"], config=dataclasses.replace(MODELS["G2"].config, context_length=1 << 16))
+    memory, state = compiled_step(model, CASES[name], 4096, 64)
+    assert memory.alias_size_in_bytes >= measure.nbytes(state)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)])
+def test_a_table_of_equal_budgets_equals_an_int(name):
+    model = MODELS["G2"]
+    table = np.full((2, 2), BUDGET)
+    as_int, _ = usual("G2", name)
+    as_table, _ = run(model, make(name, budget=table))
+    np.testing.assert_allclose(as_table, as_int, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EVICTS)
+def test_memory_of_a_ragged_table_is_its_sum(name):
+    model = MODELS["G2"]
+    table = np.array([[40, 80], [36, 100]])
+    method = CASES[name]
+    if isinstance(method, kvjax.method.Chain):
+        first = dataclasses.replace(method.methods[0], budget=table)
+        method = kvjax.chain(first, *method.methods[1:])
+    else:
+        method = dataclasses.replace(method, budget=table)
+    logits, state = run(model, method)
+    assert np.isfinite(logits).all()
+    for kv, row in zip(state, table, strict=True):
+        assert kv.slots == tuple(row)
+        assert kv.pos.shape == (2, row.sum())
+        rows = jax.tree.leaves(kv.k)[0].shape[1]
+        assert rows == row.sum()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if settings(n) and METHODS[n].evicts])
+def test_a_ragged_head_is_that_head_at_its_budget(name):
+    """Head k of a ragged layer holds the tokens it would hold if all heads had its budget."""
+    if name == "tova":
+        pytest.skip("tova's heads rank together when their budgets are equal, and alone when not")
+    model = MODELS["G2"]
+    row = (40, 80)
+    _, ragged = kvjax.prefill(model, PROMPTS, make(name, budget=np.array([row] * 2)), room=NEW)
+    for head, budget in enumerate(row):
+        _, uniform = kvjax.prefill(model, PROMPTS, make(name, budget=budget), room=NEW)
+        start = sum(row[:head])
+        ours = np.asarray(ragged[0].k)[:, start : start + budget]
+        theirs = np.asarray(uniform[0].k)[:, head * budget : (head + 1) * budget]
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["full", "quest", "kivi"])
+def test_overflow_raises_under_debug(name):
+    model, method = MODELS["G2"], CASES[name]
+    _, state = kvjax.prefill(model, PROMPTS[:, :16], method, room=1)
+    full = tuple(kv.replace(fill=jnp.full_like(kv.fill, kv.slots[0])) for kv in state)
+    step = kvjax.debug(lambda s: kvjax.decode_step(model, FORCED[:, 0], s, method)[0])
+    with pytest.raises(Exception, match="the KV cache overflows"):
+        step(full)
+
+
+@pytest.mark.parametrize("bad", [0, -3, np.zeros((3, 2), int), 1.5, np.zeros((0,), int)])
+@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)])
+def test_bad_budgets_raise(name, bad):
+    with pytest.raises(ValueError, match="a budget is"):
+        make(name, budget=bad)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)])
+def test_budgets_above_the_context_raise(name):
+    with pytest.raises(ValueError, match="a budget is at most the context of 512 tokens"):
+        kvjax.prefill(MODELS["G2"], PROMPTS, make(name, budget=513))
+
+
+def test_tables_of_the_wrong_shape_raise():
+    with pytest.raises(ValueError, match="one row per layer"):
+        kvjax.prefill(MODELS["G2"], PROMPTS, make("knorm", budget=np.full((3, 2), 40)))
+    with pytest.raises(ValueError, match="one entry per KV head"):
+        kvjax.prefill(MODELS["G2"], PROMPTS, make("knorm", budget=np.full((2, 3), 40)))
+
+
+def test_unknown_names_give_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'snapkv'"):
+        make("snap_kv")
+    with pytest.raises(ValueError, match="did you mean 'budget'"):
+        make("snapkv", buget=3)
+
+
+def test_chains_refuse_a_late_eviction():
+    with pytest.raises(ValueError, match="only the first method of a chain may evict"):
+        kvjax.chain(make("kivi"), make("snapkv", budget=64))
+
+
+def test_chains_refuse_mixed_keys():
+    with pytest.raises(ValueError, match="store keys alike"):
+        kvjax.chain(make("streaming_llm", budget=64), make("quest", budget=64))
