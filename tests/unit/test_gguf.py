@@ -111,12 +111,18 @@ def test_quantising_and_reading_back_is_near(tmp_path):
 
 
 def test_metadata_and_lists(tmp_path):
-    metadata = {"a.text": "größe", "a.yes": True, "a.small": 1e-5, "a.list": [3, -4], "a.words": ["x", "", "ü"]}
+    metadata = {
+        "a.text": "größe",
+        "a.yes": True,
+        "a.small": 1e-5,
+        "a.list": [3, -4],
+        "a.words": ["x", "", "ü"],
+    }
     file = GGUFFile(write_gguf(tmp_path / "x.gguf", metadata=metadata))
     assert [file.metadata[k] for k in ("a.text", "a.yes", "a.small")] == ["größe", True, 1e-5]
     assert file.list("a.list") == [3, -4]
     assert file.list("a.words") == ["x", "", "ü"]
-    with pytest.raises(ValueError, match="must hold a list under 'a.text'"):
+    with pytest.raises(ValueError, match=r"must hold a list under .a\.text."):
         file.list("a.text")
 
 
@@ -142,9 +148,21 @@ HOSTILE = {
     "string length": (header(0, 1, struct.pack("<Q", 2**63) + b"abcdefgh"), ValueError, "must hold all"),
     "not UTF-8": (header(0, 1, text(b"\xff\xfe") + struct.pack("<IQ", 4, 0)), ValueError, "UTF-8"),
     "value type": (header(0, 1, text(b"k") + struct.pack("<IQ", 99, 0)), ValueError, "between 0 and 12"),
-    "list length": (header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 10, 2**60)), ValueError, "must hold all"),
-    "string list length": (header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 8, 2**60)), ValueError, "must hold"),
-    "empty strings": (header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 8, 9) + bytes(64)), ValueError, "must"),
+    "list length": (
+        header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 10, 2**60)),
+        ValueError,
+        "must hold all",
+    ),
+    "string list length": (
+        header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 8, 2**60)),
+        ValueError,
+        "must hold",
+    ),
+    "empty strings": (
+        header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 8, 9) + bytes(64)),
+        ValueError,
+        "must",
+    ),
     "nested": (
         header(0, 1, text(b"k") + struct.pack("<IIQ", 9, 9, 1) + bytes(8)),
         NotImplementedError,
@@ -166,7 +184,11 @@ HOSTILE = {
     "tensor twice": (header(2, 0, tensor(dims=(1,)) * 2 + bytes(64)), ValueError, "stands once"),
     "huge shape": (header(1, 0, tensor(dims=(2**40, 2**40)) + bytes(64)), ValueError, "end within the file"),
     "zero shape": (header(1, 0, tensor(dims=(4, 0)) + bytes(64)), ValueError, "filled blocks"),
-    "part of a block": (header(1, 0, tensor(dims=(33,), kind=8) + bytes(64)), ValueError, "filled blocks of 32"),
+    "part of a block": (
+        header(1, 0, tensor(dims=(33,), kind=8) + bytes(64)),
+        ValueError,
+        "filled blocks of 32",
+    ),
     "offset": (header(1, 0, tensor(offset=2**40) + bytes(64)), ValueError, "end within the file"),
     "unaligned": (header(1, 0, tensor(offset=1) + bytes(99)), ValueError, "are aligned"),
     "unknown type": (header(1, 0, tensor(kind=999) + bytes(64)), NotImplementedError, "got 999"),
@@ -193,9 +215,9 @@ def test_a_file_that_shrinks_after_opening_is_refused(tmp_path):
     path = write_gguf(tmp_path / "x.gguf")
     file = GGUFFile(path)
     path.write_bytes(path.read_bytes()[:-600])
+    name, shape = list(file.shapes.items())[-1]
     with pytest.raises(ValueError, match="the file has changed"):
-        for name, shape in file.shapes.items():
-            file.rows(name, 0, shape[0] if len(shape) > 1 else 1)
+        file.rows(name, 0, shape[0] if len(shape) > 1 else 1)
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +233,7 @@ def whole(tmp_path_factory):
 def test_truncated_files_are_refused(left, whole, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(whole[: int(len(whole) * left)])
-    with pytest.raises(ValueError, match="download it again|download the file again"):
+    with pytest.raises(ValueError, match=r"download it again|download the file again"):
         load_weights(path, "float32")
 
 
@@ -227,7 +249,9 @@ def test_corruption_gives_nothing_but_clear_errors(data, whole, tmp_path_factory
     path = tmp_path_factory.getbasetemp() / "broken.gguf"
     path.write_bytes(broken[: data.draw(st.one_of(st.just(len(broken)), st.integers(0, len(broken))))])
     for load in (lambda: load_weights(path, "float32"), lambda: load_tokenizer(path)):
+        message = None
         try:
             load()
         except (ValueError, NotImplementedError) as error:
-            assert "got" in str(error)
+            message = str(error)
+        assert message is None or "got" in message
