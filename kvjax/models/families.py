@@ -179,7 +179,9 @@ def config_from_hf(raw: dict) -> ModelConfig:
 def _family_of(raw: dict) -> tuple[str, dict]:
     """Returns the family's name and its settings (of the text part, if there are several)."""
     if not isinstance(raw.get("model_type"), str):
-        raise ValueError(f"config.json names its 'model_type', got {raw.get('model_type')!r}; download it again")
+        raise ValueError(
+            f"config.json names its 'model_type', got {raw.get('model_type')!r}; download it again"
+        )
     name = raw["model_type"]
     if name == "gemma3":
         text = raw.get("text_config")
@@ -261,24 +263,25 @@ def _windows(settings: dict, name: str, n_layers: int) -> tuple[int | None, ...]
 
 def _ropes(settings: dict, family: Family) -> tuple[RopeConfig, RopeConfig | None]:
     """Returns the global and the local rotary settings, from either generation of names."""
-    given = settings.get("rope_parameters")
-    scaling = settings.get("rope_scaling")
-    for value in (given, scaling):
-        if value is not None and not isinstance(value, dict):
-            raise ValueError(f"rotary settings are an object, got {value=}; download config.json again")
+    given, scaling = _object(settings.get("rope_parameters")), _object(settings.get("rope_scaling"))
     if given and "full_attention" in given:
-        local = given.get("sliding_attention") or given["full_attention"]
-        return _rope(given["full_attention"], settings, 1e4), _rope(local, settings, 1e4)
-    rope = _rope(given or scaling or {}, settings, settings.get("rope_theta") or 10_000.0)
+        full, local = _object(given["full_attention"]), _object(given.get("sliding_attention"))
+        return _rope(full, settings, 10_000.0), _rope(local or full, settings, 10_000.0)
+    rope = _rope(given or scaling, settings, settings.get("rope_theta") or 10_000.0)
     if not family.gemma or not family.qk_norm:
         return rope, None
     return rope, _rope({}, settings, settings.get("rope_local_base_freq") or 10_000.0)
 
 
+def _object(value) -> dict:
+    """Returns rotary settings, empty where there are none."""
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"rotary settings are an object, got {value=}; download config.json again")
+    return value or {}
+
+
 def _rope(given: dict, settings: dict, base: float) -> RopeConfig:
     """Returns one RopeConfig; `given` is transformers' rope_scaling or rope_parameters."""
-    if not isinstance(given, dict):
-        raise ValueError(f"rotary settings are an object, got {given=}; download config.json again")
     values = {"rope_theta": base} | {k: v for k, v in given.items() if v is not None}
     scheme = values.get("rope_type", values.get("type", "default"))
     if values.get("partial_rotary_factor", 1) != 1 or values.get("truncate", True) is not True:
