@@ -97,7 +97,7 @@ def starts(slots: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(slots)[:-1]]).astype(np.int32)
 
 
-def view(x: Array, run: Run) -> Array:
+def view(x: Array | np.ndarray, run: Run) -> Array | np.ndarray:
     """Views the packed rows of a run as [B n S ...]."""
     rows = x[:, run.row : run.row + run.n * run.size]
     return rows.reshape(x.shape[0], run.n, run.size, *x.shape[2:])

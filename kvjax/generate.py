@@ -1,6 +1,6 @@
 """Continues prompts: text or token ids in, text out."""
 
-import itertools
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -34,15 +34,12 @@ def generate(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008
-    stop: Sequence[int] | None = None,
-    seed: int = 0,
     compress: str = "end",
 ) -> list[Completion]:
     """Continues a batch of prompts of any lengths.
 
     Args:
         method: how the KV cache is held; `chain` composes several.
-        stop: token ids that end a row; None takes the model's own.
         compress: "end" or "chunk", see `prefill`.
 
     Raises:
@@ -56,10 +53,8 @@ def generate(
         ' Paris.'
     """
     rows: list[list[int]] = []
-    steps = stream(
-        model, prompts, method, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop, seed=seed, compress=compress
-    )
-    stops = _stops(model, stop)
+    stops = _stops(model, sampling).stop
+    steps = stream(model, prompts, method, max_new_tokens=max_new_tokens, sampling=sampling, compress=compress)
     for step in steps:
         rows = rows or [[] for _ in step]
         for row, token in zip(rows, step, strict=True):
@@ -81,8 +76,6 @@ def stream(
     *,
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008
-    stop: Sequence[int] | None = None,
-    seed: int = 0,
     compress: str = "end",
 ) -> Iterator[list[int | None]]:
     """Yields the tokens of each step, one per row, None where a row has ended.
@@ -99,34 +92,31 @@ def stream(
             f"prompt and new tokens fit the context of {context} tokens, got {ids.shape[1]} + {max_new_tokens}"
         )
     logits, state = prefill(model, ids, method, room=max_new_tokens, compress=compress)
-    return _blocks(model, logits, state, method, max_new_tokens, sampling, (_stops(model, stop), seed))
+    return _blocks(model, logits, state, method, max_new_tokens, _stops(model, sampling))
 
 
 def _blocks(
-    model: Model, logits: jax.Array, state: State, method: CacheMethod, left: int, sampling: Sampling, ending: tuple
+    model: Model, logits: jax.Array, state: State, method: CacheMethod, left: int, sampling: Sampling
 ) -> Iterator[list[int | None]]:
     """Decodes block by block until all rows have ended."""
-    stops, seed = ending
     forced = np.full((logits.shape[0], _BLOCK), -1, np.int32)
-    for block in itertools.count():
+    while left and not (forced == -2).all():
         steps = min(_BLOCK, left)
-        key = jax.random.fold_in(jax.random.key(seed), block)
-        tokens, logits, state, _ = decode(
-            model, logits, state, method, forced, steps=steps, sampling=sampling, stop=stops, key=key
-        )
+        tokens, logits, state, _ = decode(model, logits, state, method, forced, steps=steps, sampling=sampling)
         tokens = np.asarray(tokens)[:, :steps]
         for column in tokens.T:
             if (column >= 0).any():
                 yield [int(t) if t >= 0 else None for t in column]
         left -= steps
-        forced = np.where((tokens[:, -1:] < 0) | np.isin(tokens[:, -1:], stops), -2, forced)
-        if left == 0 or (forced == -2).all():
-            return
+        ended = (tokens[:, -1:] < 0) | np.isin(tokens[:, -1:], sampling.stop)
+        forced = np.where(ended, -2, forced)
 
 
-def _stops(model: Model, stop: Sequence[int] | None) -> tuple[int, ...]:
-    """Returns the ids that end a row."""
-    return tuple(stop) if stop is not None else (model.tokenizer.stop_ids if model.tokenizer else ())
+def _stops(model: Model, sampling: Sampling) -> Sampling:
+    """Fills in the model's own stop tokens."""
+    if sampling.stop is not None:
+        return sampling
+    return dataclasses.replace(sampling, stop=tuple(model.tokenizer.stop_ids) if model.tokenizer else ())
 
 
 def _encode(model: Model, prompts: Sequence) -> list[list[int]]:

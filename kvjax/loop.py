@@ -6,6 +6,7 @@ many steps in one compiled program whose state is donated and updated in place.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -19,14 +20,32 @@ from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.methods.full import Full
 from kvjax.model import Model
+from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.sampling import Limits, Sampling, sample
 from kvjax.shapes import Ids
 
-__all__ = ["State", "chunk_size", "decode", "decode_step", "init_state", "pad", "prefill", "prompt_logits"]
+__all__ = ["Program", "State", "chunk_size", "decode", "decode_step", "init_state", "pad", "prefill", "prompt_logits"]
 
 State = tuple[KV, ...]
-_STATIC = ("config", "dtype", "methods")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a compiled program depends on beside shapes; equal ones compile once."""
+
+    config: ModelConfig
+    dtype: Any
+    methods: tuple[CacheMethod, ...]  # one per layer
+
+    @classmethod
+    def of(cls, model: Model, method: CacheMethod) -> "Program":
+        """Returns the program of a model with a method."""
+        return cls(model.config, model.dtype, per_layer(method, model.config))
+
+    def run(self, params: Any, *args: Any, **options: Any) -> tuple:
+        """Applies the decoder."""
+        return Decoder(self.config, self.dtype).apply({"params": params}, *args, self.methods, **options)
 
 
 def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, "B T"]:
@@ -85,7 +104,8 @@ def prefill(
     ids = _check(model, ids)
     if compress not in ("end", "chunk"):
         raise ValueError(f'compress is "end" or "chunk", got {compress=}')
-    methods = per_layer(method, model.config)
+    program = Program.of(model, method)
+    methods = program.methods
     n_queries = max(m.n_queries for m in methods)
     chunk = chunk_size(ids.shape[1], max(chunk, n_queries))
     ids = pad([row[row >= 0].tolist() for row in ids], chunk)
@@ -102,9 +122,8 @@ def prefill(
         if compress == "chunk":
             state = _widen(state, methods, chunk)
         logits, state, queries = _read(
-            model.params, ids[:, part], pos[:, part], state,
-            config=model.config, dtype=model.dtype, methods=methods, n_queries=n_queries,
-        )  # fmt: skip
+            model.params, ids[:, part], pos[:, part], state, program=program, n_queries=n_queries
+        )
         if compress == "chunk" or start + chunk == ids.shape[1]:
             state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), methods)
     return logits[:, 0], state
@@ -125,12 +144,10 @@ def _widen(state: State, methods: tuple[CacheMethod, ...], extra: int) -> State:
     return tuple(new)
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "n_queries", "last_only"), donate_argnames="state")
-def _read(params, ids, pos, state, *, config, dtype, methods, n_queries=0, last_only=True):
+@functools.partial(jax.jit, static_argnames=("program", "n_queries", "last_only"), donate_argnames="state")
+def _read(params, ids, pos, state, *, program: Program, n_queries: int = 0, last_only: bool = True):
     """Runs one chunk of a prompt; also returns each layer's newest n_queries queries."""
-    logits, state, records = Decoder(config, dtype).apply(
-        {"params": params}, ids, pos, state, methods, last_only=last_only
-    )
+    logits, state, records = program.run(params, ids, pos, state, last_only=last_only)
     return logits, state, tuple(r.q[:, r.q.shape[1] - n_queries :] for r in records)
 
 
@@ -148,11 +165,10 @@ def _compress(kv: KV, q: Array, pos: Array, *, method: CacheMethod) -> KV:
     return method.compress(kv, q, pos)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames="state")
-def _step(params, ids, pos, state, *, config, dtype, methods):
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
+def _step(params, ids, pos, state, *, program: Program):
     """Runs one decode step."""
-    decoder = Decoder(config, dtype)
-    logits, state, _ = decoder.apply({"params": params}, ids, pos, state, methods, compress=True)
+    logits, state, _ = program.run(params, ids, pos, state, compress=True)
     return logits[:, 0], state
 
 
@@ -167,11 +183,7 @@ def prompt_logits(model: Model, ids: Int[np.ndarray, "B T"]) -> Float[Array, "B 
         raise ValueError("logits take rows of one length, got padding: call once per length")
     state = init_state(model, Full(), len(ids), ids.shape[1], ids.shape[1])
     pos = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    logits, _, _ = _read(
-        model.params, ids, pos, state,
-        config=model.config, dtype=model.dtype, methods=per_layer(Full(), model.config), last_only=False,
-    )  # fmt: skip
-    return logits
+    return _read(model.params, ids, pos, state, program=Program.of(model, Full()), last_only=False)[0]
 
 
 def _check(model: Model, ids: Any) -> Int[np.ndarray, "B T"]:
@@ -204,8 +216,7 @@ def decode_step(
     """
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
-    methods = per_layer(method, model.config)
-    return _step(model.params, ids, pos, state, config=model.config, dtype=model.dtype, methods=methods)
+    return _step(model.params, ids, pos, state, program=Program.of(model, method))
 
 
 def decode(
@@ -217,8 +228,6 @@ def decode(
     *,
     steps: int | None = None,
     sampling: Sampling = Sampling(),  # noqa: B008
-    stop: Sequence[int] = (),
-    key: Array | None = None,
     keep_logits: bool = False,
 ) -> tuple[Int[Array, "B N"], Float[Array, "B V"], State, Float[Array, "B N V"] | None]:
     """Runs up to N decode steps in one program.
@@ -227,28 +236,24 @@ def decode(
         logits: for the first token, from `prefill` or an earlier `decode`.
         forced: tokens to take instead of drawn ones, -1 = draw, -2 = the row has ended.
         steps: at most this many of the N steps (a run-time number).
-        stop: a row that draws one of these ends; ended rows give -1 and change no state.
+        sampling: how tokens are drawn; a row that takes a stop token ends there. Ended rows give
+            -1 and change no state.
         keep_logits: also return the logits that each token was drawn from.
 
     Returns: tokens, the next logits, the state, and the logits if kept.
     """
-    n = forced.shape[1]
-    stops = jnp.asarray(list(stop) or [-1], jnp.int32)
+    n_steps = jnp.int32(forced.shape[1] if steps is None else steps)
+    program = Program.of(model, method)
     return _decode(
-        model.params, logits, state, jnp.asarray(forced), jnp.int32(n if steps is None else steps),
-        sampling.arrays(), stops, jax.random.key(0) if key is None else key,
-        config=model.config, dtype=model.dtype, methods=per_layer(method, model.config), keep_logits=keep_logits,
+        model.params, logits, state, jnp.asarray(forced), n_steps, sampling.limits(),
+        program=program, keep_logits=keep_logits,
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=(*_STATIC, "keep_logits"), donate_argnames="state")
-def _decode(
-    params, logits, state, forced, steps, limits: Limits, stops, key, *, config, dtype, methods, keep_logits
-):
+@functools.partial(jax.jit, static_argnames=("program", "keep_logits"), donate_argnames="state")
+def _decode(params, logits, state, forced, steps, limits: Limits, *, program: Program, keep_logits: bool):
     """Runs decode steps until all rows have ended or `steps` are done."""
-    decoder = Decoder(config, dtype)
     batch, n = forced.shape
-    kept = jnp.zeros((batch, n if keep_logits else 0, config.vocab_size), jnp.float32)
 
     def more(carry):
         i, *_, ended = carry
@@ -257,22 +262,20 @@ def _decode(
     def step(carry):
         i, logits, state, out, kept, ended = carry
         want = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
-        token = jnp.where(want >= 0, want, sample(logits, limits, jax.random.fold_in(key, i)))
+        token = jnp.where(want >= 0, want, sample(logits, limits, jnp.max(state[0].seen)))
         ended = ended | (want == -2)
         token = jnp.where(ended, -1, token)
         if keep_logits:
             kept = jax.lax.dynamic_update_index_in_dim(kept, logits, i, axis=1)
         out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=1)
-        ended = ended | jnp.isin(token, stops)
+        ended = ended | jnp.isin(token, limits.stop)
         pos = jnp.where(ended, -1, state[0].seen)[:, None]
-        new, state, _ = decoder.apply(
-            {"params": params}, token[:, None], pos, state, methods, compress=True, last_only=True
-        )
+        new, state, _ = program.run(params, token[:, None], pos, state, compress=True)
         return i + 1, jnp.where(ended[:, None], logits, new[:, 0]), state, out, kept, ended
 
     out = jnp.full((batch, n), -1, jnp.int32)
+    kept = jnp.zeros((batch, n if keep_logits else 0, logits.shape[-1]), jnp.float32)
     ended = jnp.zeros((batch,), bool)
-    _, logits, state, out, kept, _ = jax.lax.while_loop(
-        more, step, (jnp.int32(0), logits, state, out, kept, ended)
-    )
+    carry = (jnp.int32(0), logits, state, out, kept, ended)
+    _, logits, state, out, kept, _ = jax.lax.while_loop(more, step, carry)
     return out, logits, state, kept if keep_logits else None

@@ -24,7 +24,7 @@ from kvjax.shapes import Positions, Queries, Slots
 
 __all__ = ["Budget", "CacheMethod", "Chain", "chain"]
 
-Budget = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
+Budget = Any  # an int or anything array-like [L, K]; kept as an int or nested tuples
 
 
 class CacheMethod(abc.ABC):

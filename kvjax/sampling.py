@@ -17,12 +17,18 @@ __all__ = ["Sampling", "sample"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a limit off."""
+    """How tokens are drawn and when a row ends.
+
+    temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a limit off. stop: token ids that
+    end a row; None means the model's own in `generate`, and none elsewhere.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    stop: tuple[int, ...] | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings outside their range."""
@@ -35,32 +41,36 @@ class Sampling:
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p is in [0, 1], got {self.min_p=}")
 
-    def arrays(self) -> "Limits":
+    def limits(self) -> "Limits":
         """Returns the settings as traced values."""
-        return Limits(*(jnp.float32(x) for x in (self.temperature, self.top_k, self.top_p, self.min_p)))
+        numbers = (self.temperature, self.top_k, self.top_p, self.min_p)
+        stop = jnp.asarray(self.stop or (-1,), jnp.int32)
+        return Limits(*(jnp.float32(x) for x in numbers), stop=stop, key=jax.random.key(self.seed))
 
 
 @struct.dataclass
 class Limits:
-    """Sampling settings as scalars on the device."""
+    """Sampling settings on the device."""
 
     temperature: Leaf
     top_k: Leaf
     top_p: Leaf
     min_p: Leaf
+    stop: Leaf  # [n] token ids
+    key: Leaf
 
 
-def sample(logits: Float[Array, "B V"], limits: Limits, key: Array) -> Int[Array, " B"]:
-    """Returns one token per row.
+def sample(logits: Float[Array, "B V"], limits: Limits, step: Int[Array, ""]) -> Int[Array, " B"]:
+    """Returns one token per row; the same seed and step draw the same.
 
     Limits apply in the order top-k, top-p, min-p to the distribution at the given temperature;
     the likeliest token always stays.
     """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(limits.temperature > 0, lambda: _draw(logits, limits, key), lambda: greedy)
+    return jax.lax.cond(limits.temperature > 0, lambda: _draw(logits, limits, step), lambda: greedy)
 
 
-def _draw(logits: Array, limits: Limits, key: Array) -> Array:
+def _draw(logits: Array, limits: Limits, step: Array) -> Array:
     """Samples in order of probability, where every limit is a prefix."""
     scaled = logits.astype(jnp.float32) / jnp.maximum(limits.temperature, 1e-6)
     order = jnp.argsort(-scaled, axis=-1)
@@ -72,5 +82,5 @@ def _draw(logits: Array, limits: Limits, key: Array) -> Array:
     ranked = jnp.where((before >= limits.top_p) & (rank > 0), -jnp.inf, ranked)
     p = jax.nn.softmax(ranked, axis=-1)
     ranked = jnp.where(p < limits.min_p * p[:, :1], -jnp.inf, ranked)
-    drawn = jax.random.categorical(key, ranked, axis=-1)
+    drawn = jax.random.categorical(jax.random.fold_in(limits.key, step), ranked, axis=-1)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

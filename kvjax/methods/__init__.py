@@ -6,6 +6,8 @@ A method's name is its file's; the class is the `CacheMethod` of the file's `__a
 import difflib
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from dataclasses import MISSING
 from typing import Any
 
 from kvjax.cache import Layer
@@ -13,7 +15,7 @@ from kvjax.method import CacheMethod
 from kvjax.methods.sliding_window import SlidingWindow
 from kvjax.models.config import ModelConfig
 
-__all__ = ["METHODS", "make", "per_layer"]
+__all__ = ["METHODS", "build", "layers", "make", "per_layer"]
 
 
 def _find() -> dict[str, type[CacheMethod]]:
@@ -35,15 +37,26 @@ def make(name: str, **settings: Any) -> CacheMethod:
     """Makes a method by name, for example `make("snapkv", budget=512)`.
 
     Raises:
-        ValueError: for an unknown name or setting, with the nearest known one.
+        ValueError: for an unknown name or setting, with the nearest known one; a setting that is
+            missing or no number.
     """
-    if name not in METHODS:
-        raise ValueError(f"a method is one of {', '.join(METHODS)}, got {name!r}{_nearest(name, METHODS)}")
-    known = METHODS[name].__dataclass_fields__
-    for key in settings:
+    return build(METHODS, name, settings)
+
+
+def build(methods: Mapping[str, type[CacheMethod]], name: str, settings: Mapping[str, Any]) -> CacheMethod:
+    """Makes a method of the given registry, as `make` does of the built-in one."""
+    if name not in methods:
+        raise ValueError(f"a method is one of {', '.join(methods)}, got {name!r}{_nearest(name, methods)}")
+    known = methods[name].__dataclass_fields__
+    for key, value in settings.items():
         if key not in known:
             raise ValueError(f"{name} takes {', '.join(known) or 'no settings'}, got {key!r}{_nearest(key, known)}")
-    return METHODS[name](**settings)
+        if known[key].type in (int, "int") and type(value) is not int:
+            raise ValueError(f"{name} takes a whole number as {key}, got {value!r}")
+    missing = [f.name for f in known.values() if f.default is MISSING and f.name not in settings]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}, got {dict(settings)}: give {missing[0]}=...")
+    return methods[name](**settings)
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from kvjax import eviction
 from kvjax.attend import weights
 from kvjax.cache import KV
-from kvjax.method import CacheMethod
+from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Positions, Queries, Slots
 
 __all__ = ["H2O"]
@@ -33,7 +33,7 @@ class H2O(CacheMethod):
     recent: share of the budget that goes to the newest tokens.
     """
 
-    budget: int | tuple
+    budget: Budget
     recent: float = 0.5
     evicts: ClassVar[bool] = True
 

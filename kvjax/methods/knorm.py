@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from kvjax import cache, eviction, storage
 from kvjax.cache import KV
-from kvjax.method import CacheMethod
+from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Positions, Queries, Slots
 
 __all__ = ["Knorm"]
@@ -26,7 +26,7 @@ __all__ = ["Knorm"]
 class Knorm(CacheMethod):
     """Evicts the largest key norms. aux: key norm per slot, [B R]."""
 
-    budget: int | tuple
+    budget: Budget
     evicts: ClassVar[bool] = True
 
     def moved(self, kv: KV, idx) -> KV:

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from kvjax import cache, storage
 from kvjax.attend import Selection
 from kvjax.cache import KV
-from kvjax.method import CacheMethod
+from kvjax.method import Budget, CacheMethod
 from kvjax.rope import rotate
 from kvjax.shapes import Positions, Queries, Slots
 
@@ -35,7 +35,7 @@ class Quest(CacheMethod):
     budget None reads all, which is what layers below `dense_layers` do.
     """
 
-    budget: int | tuple | None
+    budget: Budget | None
     page: int = 16
     dense_layers: int = 2
     evicts: ClassVar[bool] = False

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from kvjax import cache, eviction
 from kvjax.attend import weights
 from kvjax.cache import KV, Layer
-from kvjax.method import CacheMethod
+from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Packed, Positions, Queries, Slots
 
 __all__ = ["SnapKV"]
@@ -35,7 +35,7 @@ class SnapKV(CacheMethod):
     kernel: tokens over which votes are averaged, odd.
     """
 
-    budget: int | tuple
+    budget: Budget
     window: int = 32
     kernel: int = 5
     evicts: ClassVar[bool] = True

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from kvjax import eviction
 from kvjax.cache import KV, Layer
-from kvjax.method import CacheMethod
+from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Positions, Queries, Slots
 
 __all__ = ["StreamingLLM"]
@@ -29,7 +29,7 @@ __all__ = ["StreamingLLM"]
 class StreamingLLM(CacheMethod):
     """Keeps n_sinks first tokens and the newest budget - n_sinks."""
 
-    budget: int | tuple
+    budget: Budget
     n_sinks: int = 4
     rotated: ClassVar[bool] = False
     evicts: ClassVar[bool] = True

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kvjax import eviction
 from kvjax.attend import weights
 from kvjax.cache import KV
-from kvjax.method import CacheMethod
+from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Positions, Queries
 
 __all__ = ["TOVA"]
@@ -28,7 +28,7 @@ __all__ = ["TOVA"]
 class TOVA(CacheMethod):
     """Evicts the lowest attention weight of the newest query."""
 
-    budget: int | tuple
+    budget: Budget
     evicts: ClassVar[bool] = True
 
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:

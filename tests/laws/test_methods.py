@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import cache, loop, measure
+from kvjax import cache, loop, measure, storage
 from kvjax.methods import METHODS, make, per_layer
 from kvjax.method import CacheMethod
 from kvjax.model import Model
@@ -41,14 +41,15 @@ MODELS = {"G2": tiny(2), "G1 with a window": tiny(1, windows=(24, None))}
 
 def settings(name: str, budget: int = BUDGET) -> dict:
     """The settings under which a method is tested: its defaults at a budget."""
-    return {"budget": budget} if "budget" in METHODS[name].__dataclass_fields__ else {}
+    known = METHODS[name].__dataclass_fields__
+    return {k: v for k, v in {"budget": budget, "dense_layers": 0}.items() if k in known}
 
 
 CASES = {name: make(name, **settings(name)) for name in METHODS}
 CASES |= {
     "snapkv+kivi4": kvjax.chain(make("snapkv", budget=BUDGET), make("kivi", bits=4)),
-    "knorm+quest": kvjax.chain(make("knorm", budget=BUDGET), make("quest", budget=32)),
-    "quest+kivi8": kvjax.chain(make("quest", budget=32), make("kivi", bits=8)),
+    "knorm+quest": kvjax.chain(make("knorm", budget=BUDGET), make("quest", budget=32, dense_layers=0)),
+    "quest+kivi8": kvjax.chain(make("quest", budget=32, dense_layers=0), make("kivi", bits=8)),
 }
 EVICTS = [name for name, m in CASES.items() if m.evicts]
 RNG = np.random.default_rng(0)
@@ -104,7 +105,7 @@ def test_a_step_keeps_structure_shapes_and_types(name, model_name):
     assert jax.eval_shape(lambda s: jax.lax.scan(step, s, None, length=3)[0], state) == shapes
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)] + ["full"])
+@pytest.mark.parametrize("name", [n for n in METHODS if "budget" in settings(n)] + ["full"])
 @every_model
 def test_full_budget_is_dense(name, model_name):
     model = MODELS[model_name]
@@ -153,9 +154,9 @@ def test_empty_slots_may_hold_nan(name, model_name):
         if not isinstance(kv.k, jax.Array):
             return kv  # codes hold no NaN
         empty = (kv.mass == 0)[..., None]
-        assert empty.any()
         return kv.replace(k=jnp.where(empty, jnp.nan, kv.k), v=jnp.where(empty, jnp.nan, kv.v))
 
+    assert any((kv.mass == 0).any() for kv in state)
     poisoned = tuple(poison(kv) for kv in jax.tree.map(jnp.copy, state))
     clean = kvjax.decode(model, first, state, method, FORCED, keep_logits=True)[3]
     dirty = kvjax.decode(model, first, poisoned, method, FORCED, keep_logits=True)[3]
@@ -167,8 +168,12 @@ def test_empty_slots_may_hold_nan(name, model_name):
 def test_chunked_prefill_equals_one_shot(name, model_name):
     model = MODELS[model_name]
     at_once, _ = usual(model_name, name)
-    chunked, _ = run(model, CASES[name], chunk=32)
-    np.testing.assert_allclose(chunked, at_once, atol=2e-4)
+    chunked, state = run(model, CASES[name], chunk=32)
+    if any(isinstance(kv.k, storage.Quantized) for kv in state):
+        dense, _ = usual(model_name, "full")  # rounding flips a code here and there
+        assert np.abs(chunked - at_once).mean() < 0.01 * np.abs(at_once - dense).mean()
+    else:
+        np.testing.assert_allclose(chunked, at_once, atol=2e-4)
 
 
 @every_method
@@ -232,9 +237,7 @@ def compiled_step(model: Model, method: CacheMethod, prompt: int, new: int):
 
     state = jax.eval_shape(prepared)
     ids = jnp.zeros((1, 1), jnp.int32)
-    lowered = loop._step.lower(
-        model.params, ids, ids, state, config=model.config, dtype=model.dtype, methods=per_layer(method, model.config)
-    )
+    lowered = loop._step.lower(model.params, ids, ids, state, program=loop.Program.of(model, method))
     return lowered.compile().memory_analysis(), state
 
 
@@ -245,7 +248,7 @@ def test_the_compiled_step_aliases_the_donated_cache(name):
     assert memory.alias_size_in_bytes >= measure.nbytes(state)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)])
+@pytest.mark.parametrize("name", [n for n in METHODS if "budget" in settings(n)])
 def test_a_table_of_equal_budgets_equals_an_int(name):
     model = MODELS["G2"]
     table = np.full((2, 2), BUDGET)
@@ -273,7 +276,7 @@ def test_memory_of_a_ragged_table_is_its_sum(name):
         assert rows == row.sum()
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if settings(n) and METHODS[n].evicts])
+@pytest.mark.parametrize("name", [n for n in METHODS if "budget" in settings(n) and METHODS[n].evicts])
 def test_a_ragged_head_is_that_head_at_its_budget(name):
     """Head k of a ragged layer holds the tokens it would hold if all heads had its budget."""
     if name == "tova":
@@ -300,13 +303,13 @@ def test_overflow_raises_under_debug(name):
 
 
 @pytest.mark.parametrize("bad", [0, -3, np.zeros((3, 2), int), 1.5, np.zeros((0,), int)])
-@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)])
+@pytest.mark.parametrize("name", [n for n in METHODS if "budget" in settings(n)])
 def test_bad_budgets_raise(name, bad):
     with pytest.raises(ValueError, match="a budget is"):
         make(name, budget=bad)
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if settings(n)])
+@pytest.mark.parametrize("name", [n for n in METHODS if "budget" in settings(n)])
 def test_budgets_above_the_context_raise(name):
     with pytest.raises(ValueError, match="a budget is at most the context of 512 tokens"):
         kvjax.prefill(MODELS["G2"], PROMPTS, make(name, budget=513))

@@ -1,0 +1,76 @@
+"""Reads a method from a line of text, as it is written on command lines and in configurations.
+
+    snapkv                          by name; settings have their defaults
+    snapkv:budget=512,window=16     with settings
+    snapkv:budget=512+kivi:bits=4   a chain
+    kivi4                           a number after the name is its `bits`
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from kvjax.method import CacheMethod, chain
+from kvjax.methods import METHODS, build
+
+__all__ = ["parse", "settings_of"]
+
+
+def parse(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS, **defaults: Any) -> CacheMethod:
+    """Returns the method that a line of text names.
+
+    Args:
+        methods: the names that it may use.
+        defaults: settings for each part that has them and does not name them, such as budget=512.
+
+    Raises:
+        ValueError: for an unknown name or setting (with the nearest known one), or a bad value.
+
+    Example:
+        >>> parse("snapkv:window=16+kivi4", budget=512)  # doctest: +NORMALIZE_WHITESPACE
+        Chain(methods=(SnapKV(budget=512, window=16, kernel=5), KIVI(bits=4, block=32, window=32)))
+    """
+    parts = []
+    for part in text.split("+"):
+        name, settings = _split(part, methods)
+        known = methods[name].__dataclass_fields__ if name in methods else {}
+        parts.append(build(methods, name, {k: v for k, v in defaults.items() if k in known} | settings))
+    return chain(*parts)
+
+
+def settings_of(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS) -> set[str]:
+    """Returns the names of the settings that the parts of a line have but do not give."""
+    found = set()
+    for part in text.split("+"):
+        name, given = _split(part, methods)
+        found |= set(methods[name].__dataclass_fields__) - set(given) if name in methods else set()
+    return found
+
+
+def _split(part: str, methods: Mapping[str, type[CacheMethod]]) -> tuple[str, dict[str, Any]]:
+    """Splits `name:key=value,key=value`."""
+    name, _, rest = (x.strip() for x in part.partition(":"))
+    settings = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = (x.strip() for x in pair.partition("="))
+        if not equals:
+            raise ValueError(f"a setting is written key=value, got {pair!r} in {part!r}: write {key}=...")
+        if key in settings:
+            raise ValueError(f"a setting is given once, got {key!r} twice in {part!r}: leave one out")
+        settings[key] = _value(key, value)
+    short = re.fullmatch(r"(.+?)(\d+)", name)
+    if name not in methods and short and "bits" in getattr(methods.get(short[1]), "__dataclass_fields__", ()):
+        name, settings = short[1], {"bits": int(short[2])} | settings
+    return name, settings
+
+
+def _value(key: str, text: str) -> Any:
+    """Returns a number, True, False or None."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if value is not None and not isinstance(value, bool | int | float):
+        raise ValueError(f"a setting is a number, True, False or None, got {key}={text!r}: check its value")
+    return value
