@@ -301,14 +301,14 @@ def test_other_factors_are_refused(factors):
 
 
 def test_llama_3_scaling_in_a_file(tmp_path):
-    factors = llama3_factors(10_000.0, 8.0, 64, n=2)
+    factors = llama3_factors(1e9, 8.0, 8192, n=2)
+    assert factors.tolist() == [1.0, 8.0]
+    config = gguf_config(tmp_path, tensors={"rope_freqs.weight": factors}, rope__freq_base=1e9)
+    assert config.rope == RopeConfig(1e9, "llama3", 8.0, 8192, 1.0, 4.0)
+    with pytest.raises(NotImplementedError, match="Llama 3"):
+        gguf_config(tmp_path, tensors={"rope_freqs.weight": factors[::-1].copy()}, rope__freq_base=1e9)
     with pytest.raises(ValueError, match="one factor for each pair of a head, got"):
         gguf_config(tmp_path, tensors={"rope_freqs.weight": np.ones(3, np.float32)})
-    factors = llama3_factors(10_000.0, 8.0, 8192, n=2)
-    factors[-1] = 8.0
-    assert factors[0] == 1
-    with pytest.raises(NotImplementedError, match="Llama 3"):
-        gguf_config(tmp_path, tensors={"rope_freqs.weight": factors})
 
 
 def test_gguf_scalings(tmp_path):
