@@ -43,7 +43,13 @@ def gguf_tensors(seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     shapes = {"token_embd": (VOCAB, 8), "output_norm": (8,)}
     layer = {"attn_q": (8, 8), "attn_k": (4, 8), "attn_v": (4, 8), "attn_output": (8, 8)}
-    layer |= {"ffn_gate": (16, 8), "ffn_up": (16, 8), "ffn_down": (8, 16), "attn_norm": (8,), "ffn_norm": (8,)}
+    layer |= {
+        "ffn_gate": (16, 8),
+        "ffn_up": (16, 8),
+        "ffn_down": (8, 16),
+        "attn_norm": (8,),
+        "ffn_norm": (8,),
+    }
     shapes |= {f"blk.0.{name}": shape for name, shape in layer.items()}
     return {f"{name}.weight": rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
 
