@@ -63,7 +63,9 @@ def weights(kv: KV, q: Queries, pos: Positions) -> Float[Array, "B G T R"]:
     batch, length, _, group, size = q.shape
     out = []
     for run in runs(kv.slots):
-        key, _, when, mass = _with_rotation(kv, (view(keys, run), None, view(kv.pos, run), view(kv.mass, run)))
+        key, _, when, mass = _with_rotation(
+            kv, (view(keys, run), None, view(kv.pos, run), view(kv.mass, run))
+        )
         rows = jnp.moveaxis(q[:, :, run.head : run.head + run.n], 1, 3).reshape(batch, run.n, -1, size)
         p = jax.nn.softmax(_logits(kv.layer, rows, jnp.tile(pos, (1, group)), key, when, mass), axis=-1)
         p = jnp.where(jnp.tile(pos >= 0, (1, group))[:, None, :, None], p, 0.0)
@@ -111,7 +113,9 @@ def _logits(layer: Layer, q: Array, pos: Array, keys: Array, when: Array, mass: 
     return jnp.where(visible, logit + jnp.log(jnp.where(mass > 0, mass, 1.0))[:, :, None, :], _NEVER)
 
 
-def _partial(layer: Layer, q: Array, pos: Array, keys: Array, values: Array, when: Array, mass: Array) -> tuple:
+def _partial(
+    layer: Layer, q: Array, pos: Array, keys: Array, values: Array, when: Array, mass: Array
+) -> tuple:
     """Returns the largest logit [B K X], the sum of weights [B K X] and the weighted values [B K X D]."""
     logit = _logits(layer, q, pos, keys, when, mass)
     top = jnp.max(logit, axis=-1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from kvjax import storage
 from kvjax.models.config import ModelConfig, RopeConfig
@@ -22,7 +22,21 @@ from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Packed, Positions, Slots, Tokens
 from pallas_kernels.backend import debug_check
 
-__all__ = ["KV", "Layer", "Run", "allocate", "append", "count", "keep", "newest", "runs", "starts", "take", "view", "widen"]
+__all__ = [
+    "KV",
+    "Layer",
+    "Run",
+    "allocate",
+    "append",
+    "count",
+    "keep",
+    "newest",
+    "runs",
+    "starts",
+    "take",
+    "view",
+    "widen",
+]
 
 
 @dataclass(frozen=True)
@@ -111,7 +125,9 @@ def allocate(layer: Layer, batch: int, slots: Sequence[int], dtype: Any, *, rota
     """
     slots = tuple(int(s) for s in slots)
     if len(slots) != layer.n_kv_heads or min(slots) < 1:
-        raise ValueError(f"a layer has one capacity of at least 1 per KV head, got {slots=} for {layer.n_kv_heads=}")
+        raise ValueError(
+            f"a layer has one capacity of at least 1 per KV head, got {slots=} for {layer.n_kv_heads=}"
+        )
     rows = sum(slots)
     return KV(
         k=jnp.zeros((batch, rows, layer.head_dim), dtype),
@@ -142,7 +158,9 @@ def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
     order = jnp.cumsum(valid, axis=1) - 1
     slot = kv.fill[:, :, None] + order[:, None, :]  # [B K T]
     room = slot < jnp.asarray(kv.slots)[None, :, None]
-    debug_check(jnp.all(room | ~valid[:, None, :]), "the KV cache overflows: allocate more slots or compress sooner")
+    debug_check(
+        jnp.all(room | ~valid[:, None, :]), "the KV cache overflows: allocate more slots or compress sooner"
+    )
     written = valid[:, None, :] & room
     idx = jnp.where(written, slot + starts(kv.slots)[None, :, None], rows)
     if kv.rotated:
@@ -231,7 +249,8 @@ def widen(kv: KV, slots: Sequence[int]) -> tuple[KV, Int[Array, "B Q"]]:
         parts.append(np.pad(old, ((0, 0), (0, size - run.size)), constant_values=-1).reshape(-1))
     idx = jnp.broadcast_to(np.concatenate(parts), (kv.pos.shape[0], sum(slots)))
     last = [
-        jnp.max(jnp.where(view(kv.mass, run) > 0, jnp.arange(1, run.size + 1), 0), -1) for run in runs(kv.slots)
+        jnp.max(jnp.where(view(kv.mass, run) > 0, jnp.arange(1, run.size + 1), 0), -1)
+        for run in runs(kv.slots)
     ]
     grown = kv.replace(
         k=take(storage.read(kv.k), idx),

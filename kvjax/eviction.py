@@ -6,7 +6,6 @@ a decode step moves no other slot. A state larger than the budget (after a promp
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 

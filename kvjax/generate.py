@@ -54,7 +54,9 @@ def generate(
     """
     rows: list[list[int]] = []
     stops = _stops(model, sampling).stop
-    steps = stream(model, prompts, method, max_new_tokens=max_new_tokens, sampling=sampling, compress=compress)
+    steps = stream(
+        model, prompts, method, max_new_tokens=max_new_tokens, sampling=sampling, compress=compress
+    )
     for step in steps:
         rows = rows or [[] for _ in step]
         for row, token in zip(rows, step, strict=True):
@@ -89,7 +91,7 @@ def stream(
     context = model.config.context_length
     if ids.shape[1] + max_new_tokens > context:
         raise ValueError(
-            f"prompt and new tokens fit the context of {context} tokens, got {ids.shape[1]} + {max_new_tokens}"
+            f"prompt and new tokens fit a context of {context} tokens, got {ids.shape[1]} + {max_new_tokens}"
         )
     logits, state = prefill(model, ids, method, room=max_new_tokens, compress=compress)
     return _blocks(model, logits, state, method, max_new_tokens, _stops(model, sampling))
@@ -102,7 +104,9 @@ def _blocks(
     forced = np.full((logits.shape[0], _BLOCK), -1, np.int32)
     while left and not (forced == -2).all():
         steps = min(_BLOCK, left)
-        tokens, logits, state, _ = decode(model, logits, state, method, forced, steps=steps, sampling=sampling)
+        tokens, logits, state, _ = decode(
+            model, logits, state, method, forced, steps=steps, sampling=sampling
+        )
         tokens = np.asarray(tokens)[:, :steps]
         for column in tokens.T:
             if (column >= 0).any():

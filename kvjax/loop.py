@@ -5,7 +5,7 @@ many steps in one compiled program whose state is donated and updated in place.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,17 @@ from kvjax.models.decoder import Decoder
 from kvjax.sampling import Limits, Sampling, sample
 from kvjax.shapes import Ids
 
-__all__ = ["Program", "State", "chunk_size", "decode", "decode_step", "init_state", "pad", "prefill", "prompt_logits"]
+__all__ = [
+    "Program",
+    "State",
+    "chunk_size",
+    "decode",
+    "decode_step",
+    "init_state",
+    "pad",
+    "prefill",
+    "prompt_logits",
+]
 
 State = tuple[KV, ...]
 
@@ -134,14 +144,15 @@ def chunk_size(length: int, chunk: int) -> int:
     return min(chunk, max(16, 1 << (length - 1).bit_length()))
 
 
-@functools.partial(jax.jit, static_argnames=("methods", "extra"), donate_argnames="state")
-def _widen(state: State, methods: tuple[CacheMethod, ...], extra: int) -> State:
+def _widen(state: State, methods: Sequence[CacheMethod], extra: int) -> State:
     """Gives evicting methods `extra` slots per head, and every store its full precision."""
-    new = []
-    for kv, m in zip(state, methods, strict=True):
-        kv, idx = cache.widen(kv, tuple(s + extra * m.evicts for s in kv.slots))
-        new.append(m.moved(kv, idx))
-    return tuple(new)
+    return _each_layer(state, lambda i, kv: _widen_layer(kv, method=methods[i], extra=extra))
+
+
+@functools.partial(jax.jit, static_argnames=("method", "extra"))
+def _widen_layer(kv: KV, *, method: CacheMethod, extra: int) -> KV:
+    kv, idx = cache.widen(kv, tuple(s + extra * method.evicts for s in kv.slots))
+    return method.moved(kv, idx)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "n_queries", "last_only"), donate_argnames="state")
@@ -151,12 +162,15 @@ def _read(params, ids, pos, state, *, program: Program, n_queries: int = 0, last
     return logits, state, tuple(r.q[:, r.q.shape[1] - n_queries :] for r in records)
 
 
-def _compress_all(state: State, queries: Sequence[Array], pos: Array, methods: Sequence[CacheMethod]) -> State:
-    """Compresses layer by layer, so that one layer at a time exists twice."""
-    old, new = list(state)[::-1], []
-    for q, m in zip(queries, methods, strict=True):
-        new.append(_compress(old.pop(), q, pos, method=m))
-    return tuple(new)
+def _each_layer(state: State, change: Callable[[int, KV], KV]) -> State:
+    """Changes the shape of every layer in turn, so that one layer at a time exists twice."""
+    old = list(state)[::-1]
+    return tuple(change(i, old.pop()) for i in range(len(state)))
+
+
+def _compress_all(state: State, queries: Sequence, pos: Array, methods: Sequence[CacheMethod]) -> State:
+    """Compresses every layer."""
+    return _each_layer(state, lambda i, kv: _compress(kv, queries[i], pos, method=methods[i]))
 
 
 @functools.partial(jax.jit, static_argnames="method")
@@ -195,7 +209,9 @@ def _check(model: Model, ids: Any) -> Int[np.ndarray, "B T"]:
         raise TypeError(f"token ids are integers, got {ids.dtype=}")
     vocab = model.config.vocab_size
     if ids.min() < -1 or ids.max() >= vocab:
-        raise ValueError(f"token ids are in [0, {vocab}), -1 for padding, got {int(ids.min())}..{int(ids.max())}")
+        raise ValueError(
+            f"token ids are in [0, {vocab}), -1 for padding, got {int(ids.min())}..{int(ids.max())}"
+        )
     return ids.astype(np.int32)
 
 
@@ -204,11 +220,16 @@ def _check_room(state: State, methods: Sequence[CacheMethod], extra: int) -> Non
     for kv, m in zip(state, methods, strict=True):
         used = int(np.max(np.asarray(kv.fill)))
         if not m.evicts and used + extra > min(kv.slots):
-            raise ValueError(f"the state has room for the prompt, got {used} + {extra} tokens in {min(kv.slots)} slots")
+            raise ValueError(
+                f"the state has room for the prompt, got {used} + {extra} tokens in {min(kv.slots)} slots"
+            )
 
 
 def decode_step(
-    model: Model, ids: Ids, state: State, method: CacheMethod = Full()  # noqa: B008
+    model: Model,
+    ids: Ids,
+    state: State,
+    method: CacheMethod = Full(),  # noqa: B008
 ) -> tuple[Float[Array, "B V"], State]:
     """Appends one token per row and returns the logits of the next. The given state is consumed.
 

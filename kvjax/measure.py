@@ -1,12 +1,12 @@
 """Measures quality and bytes; pure functions of logits and states."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.cache import KV
 from kvjax.loop import State
 from kvjax.method import CacheMethod
 
@@ -35,8 +35,8 @@ def top1_agreement(full: Float[Array, "*B V"], other: Float[Array, "*B V"]) -> f
     return float(jnp.mean(jnp.argmax(full, -1) == jnp.argmax(other, -1)))
 
 
-def nbytes(state: KV | State) -> int:
-    """Returns the bytes of all leaves: keys, values, positions, masses and the method's index."""
+def nbytes(state: Any) -> int:
+    """Returns the bytes of all leaves; of a state: keys, values, positions, masses and the index."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -52,12 +52,16 @@ class CacheMethod(abc.ABC):
         if getattr(self, "budget", None) is not None:
             object.__setattr__(self, "budget", _as_budget(self.budget))
 
-    def for_layer(self, index: int) -> "CacheMethod":
-        """Returns the method of one layer: a budget table gives its row."""
+    def for_layer(self, index: int, n_layers: int) -> "CacheMethod":
+        """Returns the method of one layer: a budget table gives its row.
+
+        Raises:
+            ValueError: for a table with another number of rows than the model has layers.
+        """
         table = getattr(self, "budget", None)
         if isinstance(table, tuple):
-            if not 0 <= index < len(table):
-                raise ValueError(f"a budget table has one row per layer, got {len(table)} rows and layer {index=}")
+            if len(table) != n_layers:
+                raise ValueError(f"a budget table has one row per layer, got {len(table)} for {n_layers=}")
             return dataclasses.replace(self, budget=table[index])
         return self
 
@@ -76,7 +80,8 @@ class CacheMethod(abc.ABC):
         budget = self.budget
         row = (budget,) * layer.n_kv_heads if isinstance(budget, int) else budget
         if len(row) != layer.n_kv_heads or not isinstance(row[0], int):
-            raise ValueError(f"a layer's budget has one entry per KV head, got {budget=} for {layer.n_kv_heads=}")
+            n_heads = layer.n_kv_heads
+            raise ValueError(f"a layer's budget has one entry per KV head, got {budget=} for {n_heads=}")
         return row
 
     def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
@@ -148,9 +153,9 @@ class Chain(CacheMethod):
         """The largest W of the methods."""
         return max(m.n_queries for m in self.methods)
 
-    def for_layer(self, index: int) -> "Chain":
+    def for_layer(self, index: int, n_layers: int) -> "Chain":
         """Returns the chain of one layer."""
-        return Chain(tuple(m.for_layer(index) for m in self.methods))
+        return Chain(tuple(m.for_layer(index, n_layers) for m in self.methods))
 
     def budgets(self, layer: Layer) -> tuple[int, ...]:
         """Returns the first method's budget."""

@@ -62,9 +62,10 @@ def load(name: str | os.PathLike = "smollm2-135m", dtype: Any = None) -> Model:
     """
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.float32, jnp.bfloat16):
+    known = {name: jnp.dtype(name) for name in ("float32", "bfloat16")}
+    if dtype not in known and dtype not in known.values():
         raise ValueError(f"a model is loaded in float32 or bfloat16, got {dtype=}")
+    dtype = jnp.dtype(dtype)
     keep_compiled()
     path = fetch(name)
     config, params = load_weights(path, dtype)

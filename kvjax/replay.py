@@ -35,7 +35,9 @@ def record(
     """
     ids = pad(prompts, chunk)
     program = Program.of(model, Full())
-    state = init_state(model, Full(), len(ids), min(ids.shape[1] + room, model.config.context_length), ids.shape[1])
+    state = init_state(
+        model, Full(), len(ids), min(ids.shape[1] + room, model.config.context_length), ids.shape[1]
+    )
     pos = np.where(ids >= 0, np.cumsum(ids >= 0, axis=1) - 1, -1).astype(np.int32)
     parts = []
     for start in range(0, ids.shape[1], chunk):
@@ -44,7 +46,10 @@ def record(
             model.params, ids[:, part], pos[:, part], state, program=program
         )
         parts.append(records)
-    joined = tuple(Record(*(jnp.concatenate(x, axis=1) for x in zip(*layer, strict=True))) for layer in zip(*parts, strict=True))
+    joined = tuple(
+        Record(*(jnp.concatenate(x, axis=1) for x in zip(*layer, strict=True)))
+        for layer in zip(*parts, strict=True)
+    )
     return logits[:, 0], jnp.asarray(pos), joined
 
 
@@ -54,7 +59,13 @@ def _read_recording(params, ids, pos, state, *, program: Program):
 
 
 def replay(
-    model: Model, method: CacheMethod, records: Sequence[Record], pos: Int[Array, "B T"], *, room: int, chunk: int = 512
+    model: Model,
+    method: CacheMethod,
+    records: Sequence[Record],
+    pos: Int[Array, "B T"],
+    *,
+    room: int,
+    chunk: int = 512,
 ) -> State:
     """Returns the state that `prefill` with this method would have left, without the model's work.
 
@@ -93,7 +104,8 @@ def read(
             for layer, m in zip(layers(model.config), methods, strict=True)
         )
     return tuple(
-        _read_layer(kv, r, pos, method=m, chunk=chunk) for kv, r, m in zip(state, records, methods, strict=True)
+        _read_layer(kv, r, pos, method=m, chunk=chunk)
+        for kv, r, m in zip(state, records, methods, strict=True)
     )
 
 

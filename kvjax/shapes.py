@@ -1,9 +1,9 @@
 """Names the one alphabet of shapes that annotations, einsums and comments share.
 
-    B batch   T tokens given in this call   S slots of one KV head   R packed slots, ΣS over KV heads
-    L layers  H query heads = K·G           K KV heads               G query heads per KV head
-    D head size   M model width   F feed-forward width   V vocabulary
-    P slots per block   N blocks chosen   W observation window
+B batch   T tokens given in this call   S slots of one KV head   R packed slots, ΣS over KV heads
+L layers  H query heads = K·G           K KV heads               G query heads per KV head
+D head size   M model width   F feed-forward width   V vocabulary
+P slots per block   N blocks chosen   W observation window
 """
 
 from typing import Any

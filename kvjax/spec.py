@@ -1,14 +1,15 @@
 """Reads a method from a line of text, as it is written on command lines and in configurations.
 
-    snapkv                          by name; settings have their defaults
-    snapkv:budget=512,window=16     with settings
-    snapkv:budget=512+kivi:bits=4   a chain
-    kivi4                           a number after the name is its `bits`
+snapkv                          by name; settings have their defaults
+snapkv:budget=512,window=16     with settings
+snapkv:budget=512+kivi:bits=4   a chain
+kivi4                           a number after the name is its `bits`
 """
 
 import ast
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from kvjax.method import CacheMethod, chain
@@ -34,7 +35,7 @@ def parse(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS, **defau
     parts = []
     for part in text.split("+"):
         name, settings = _split(part, methods)
-        known = methods[name].__dataclass_fields__ if name in methods else {}
+        known = _fields(name, methods)
         parts.append(build(methods, name, {k: v for k, v in defaults.items() if k in known} | settings))
     return chain(*parts)
 
@@ -44,7 +45,7 @@ def settings_of(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS) -
     found = set()
     for part in text.split("+"):
         name, given = _split(part, methods)
-        found |= set(methods[name].__dataclass_fields__) - set(given) if name in methods else set()
+        found |= _fields(name, methods) - set(given)
     return found
 
 
@@ -60,9 +61,14 @@ def _split(part: str, methods: Mapping[str, type[CacheMethod]]) -> tuple[str, di
             raise ValueError(f"a setting is given once, got {key!r} twice in {part!r}: leave one out")
         settings[key] = _value(key, value)
     short = re.fullmatch(r"(.+?)(\d+)", name)
-    if name not in methods and short and "bits" in getattr(methods.get(short[1]), "__dataclass_fields__", ()):
+    if name not in methods and short and "bits" in _fields(short[1], methods):
         name, settings = short[1], {"bits": int(short[2])} | settings
     return name, settings
+
+
+def _fields(name: str, methods: Mapping[str, type[CacheMethod]]) -> set[str]:
+    """Returns the names of a method's settings, none for an unknown one."""
+    return {field.name for field in fields(methods[name])} if name in methods else set()
 
 
 def _value(key: str, text: str) -> Any:

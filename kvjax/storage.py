@@ -107,7 +107,11 @@ def _newest(x: Array, mass: Array, order: Array, slots: tuple[int, ...], window:
         n = min(window, size)
         when, best = jax.lax.top_k(age, n)
         best, when = best[:, ::-1], when[:, ::-1]
-        at = jnp.pad(jnp.where(when > -jnp.inf, best + row, x.shape[1]), ((0, 0), (window - n, 0)), constant_values=x.shape[1])
+        at = jnp.pad(
+            jnp.where(when > -jnp.inf, best + row, x.shape[1]),
+            ((0, 0), (window - n, 0)),
+            constant_values=x.shape[1],
+        )
         slot.append(at)
         recent.append(jnp.take_along_axis(x, jnp.minimum(at, x.shape[1] - 1)[..., None], axis=1))
         row += size

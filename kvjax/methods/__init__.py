@@ -7,7 +7,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, fields
 from typing import Any
 
 from kvjax.cache import Layer
@@ -47,10 +47,12 @@ def build(methods: Mapping[str, type[CacheMethod]], name: str, settings: Mapping
     """Makes a method of the given registry, as `make` does of the built-in one."""
     if name not in methods:
         raise ValueError(f"a method is one of {', '.join(methods)}, got {name!r}{_nearest(name, methods)}")
-    known = methods[name].__dataclass_fields__
+    known = {field.name: field for field in fields(methods[name])}
     for key, value in settings.items():
         if key not in known:
-            raise ValueError(f"{name} takes {', '.join(known) or 'no settings'}, got {key!r}{_nearest(key, known)}")
+            raise ValueError(
+                f"{name} takes {', '.join(known) or 'no settings'}, got {key!r}{_nearest(key, known)}"
+            )
         if known[key].type in (int, "int") and type(value) is not int:
             raise ValueError(f"{name} takes a whole number as {key}, got {value!r}")
     missing = [f.name for f in known.values() if f.default is MISSING and f.name not in settings]
@@ -67,7 +69,7 @@ def _nearest(name: str, known: Any) -> str:
 def per_layer(method: CacheMethod, config: ModelConfig) -> tuple[CacheMethod, ...]:
     """Returns each layer's method: a ring for layers with a window, the given one for the others."""
     windows = config.layer_windows
-    return tuple(SlidingWindow() if windows[i] else method.for_layer(i) for i in range(config.n_layers))
+    return tuple(SlidingWindow() if windows[i] else method.for_layer(i, config.n_layers) for i in range(config.n_layers))
 
 
 def layers(config: ModelConfig) -> tuple[Layer, ...]:

@@ -8,9 +8,9 @@ a ring of `window` recent tokens. Saves memory, drops nothing; composes with evi
 selection: `chain(SnapKV(budget=512), KIVI(bits=4))`.
 
 Source: arXiv 2402.02750, section 3.3. Deviations: values have one scale per token and head (the
-release: one per 32 channels); recent tokens are quantised too, so that any slot can be overwritten, but read from
-the ring. The prompt is read in full precision and quantised at its end, as in the paper. kvpress
-has no storage methods.
+release: one per 32 channels); recent tokens are quantised too, so that any slot can be
+overwritten, but read from the ring. The prompt is read in full precision and quantised at its
+end, as in the paper. kvpress has no storage methods.
 """
 
 from dataclasses import dataclass

@@ -46,9 +46,10 @@ class Quest(CacheMethod):
         if self.page < 1:
             raise ValueError(f"a page has at least 1 token, got {self.page=}")
 
-    def for_layer(self, index: int) -> "Quest":
+    def for_layer(self, index: int, n_layers: int) -> "Quest":
         """Returns the method of one layer; the first ones read everything."""
-        return replace(self, budget=None) if index < self.dense_layers else super().for_layer(index)
+        sparse = super().for_layer(index, n_layers)
+        return replace(sparse, budget=None) if index < self.dense_layers else sparse
 
     def moved(self, kv: KV, idx) -> KV:
         """Makes all bounds anew."""
@@ -85,7 +86,9 @@ class Quest(CacheMethod):
             return None
         q = rotate(q, jnp.broadcast_to(pos[:, :, None, None], q.shape[:4]), kv.layer.rope)[:, 0]
         n_pages = tuple(-(-s // self.page) for s in kv.slots)
-        wanted = [min(max(b // self.page, 1), n) for b, n in zip(self.budgets(kv.layer), n_pages, strict=True)]
+        wanted = [
+            min(max(b // self.page, 1), n) for b, n in zip(self.budgets(kv.layer), n_pages, strict=True)
+        ]
         chosen, newest = [], cache.newest(kv)
         for run in cache.runs(n_pages, wanted):
             heads = slice(run.head, run.head + run.n)
@@ -93,7 +96,9 @@ class Quest(CacheMethod):
             _, best = jax.lax.top_k(bound, wanted[run.head])
             empty = jnp.take_along_axis(bound, best, -1) == -jnp.inf
             best = jnp.where(empty, -1, best)
-            chosen.append(jnp.pad(best, ((0, 0), (0, 0), (0, max(wanted) - wanted[run.head])), constant_values=-1))
+            chosen.append(
+                jnp.pad(best, ((0, 0), (0, 0), (0, max(wanted) - wanted[run.head])), constant_values=-1)
+            )
         return Selection(idx=jnp.concatenate(chosen, axis=1).astype(jnp.int32), block=self.page)
 
     def _scores(self, kv: KV, q: Array, run: cache.Run, newest: Array) -> Array:

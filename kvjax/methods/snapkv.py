@@ -9,8 +9,9 @@ place of the token with the fewest votes, so after n of them the prompt's part o
 that of SnapKV with a budget of budget - n. Cannot serve a question that the prompt's end did not
 contain.
 
-Source: arXiv 2404.14469, section 4.1. Deviations: mean pooling, as
-kvpress (the paper: max), and votes averaged over a group's query heads. Kept positions equal those of kvpress 0.5.5 with the same settings.
+Source: arXiv 2404.14469, section 4.1. Deviations: mean pooling, as kvpress (the paper: max), and
+votes averaged over a group's query heads. Kept positions equal those of kvpress 0.5.5 with the
+same settings.
 """
 
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ class SnapKV(CacheMethod):
         """
         row = super().budgets(layer)
         if min(row) <= self.window:
-            raise ValueError(f"the budget is larger than the window, got {row=} and {self.window=}: lower the window")
+            raise ValueError(
+                f"the budget is larger than the window, got {row=} and {self.window=}: lower the window"
+            )
         return row
 
     def moved(self, kv: KV, idx) -> KV:

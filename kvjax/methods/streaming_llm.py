@@ -48,7 +48,9 @@ class StreamingLLM(CacheMethod):
         """
         row = super().budgets(layer)
         if min(row) <= self.n_sinks:
-            raise ValueError(f"the budget holds the sinks and at least one recent token, got {row=} and {self.n_sinks=}")
+            raise ValueError(
+                f"the budget holds the sinks and at least one recent token, got {row=} and {self.n_sinks=}"
+            )
         return row
 
     def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:

@@ -173,9 +173,13 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self) -> Float[Array, "V M"]:
         """Returns the table."""
-        return self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, self.width), self.dtype)
+        return self.param(
+            "embedding", nn.initializers.normal(0.02), (self.vocab_size, self.width), self.dtype
+        )
 
 
 def _unembed(x: Array, table: Array) -> Array:
     """Returns x Eᵀ, accumulated in float32."""
-    return jnp.einsum("btm,vm->btv", x, table, precision=precision(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        "btm,vm->btv", x, table, precision=precision(x.dtype), preferred_element_type=jnp.float32
+    )

@@ -10,8 +10,8 @@ import pytest
 
 import kvjax
 from kvjax import cache, loop, measure, storage
-from kvjax.methods import METHODS, make, per_layer
 from kvjax.method import CacheMethod
+from kvjax.methods import METHODS, make, per_layer
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig, RopeConfig
 
@@ -21,10 +21,20 @@ BUDGET, PROMPT, NEW = 48, 90, 12
 def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
     """A random decoder whose attention is far from uniform."""
     config = ModelConfig(
-        family="llama", vocab_size=97, width=32, ffn_width=48, n_layers=len(windows), n_heads=n_kv_heads * group,
-        n_kv_heads=n_kv_heads, head_dim=16, context_length=512, rope=RopeConfig(), norm_eps=1e-5, query_scale=0.25,
+        family="llama",
+        vocab_size=97,
+        width=32,
+        ffn_width=48,
+        n_layers=len(windows),
+        n_heads=n_kv_heads * group,
+        n_kv_heads=n_kv_heads,
+        head_dim=16,
+        context_length=512,
+        rope=RopeConfig(),
+        norm_eps=1e-5,
+        query_scale=0.25,
         layer_windows=windows,
-    )  # fmt: skip
+    )
     rng, params = np.random.default_rng(group), {}
     for path, shape in config.param_shapes().items():
         *parents, leaf = path.split("/")
@@ -32,14 +42,17 @@ def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
         for parent in parents:
             node = node.setdefault(parent, {})
         scale = 1.0 if leaf in ("scale", "embedding") else 1.5 / np.sqrt(shape[0])
-        node[leaf] = jnp.asarray(rng.normal(1.0 if leaf == "scale" else 0.0, scale * (0.1 if leaf == "scale" else 1), shape), jnp.float32)
+        node[leaf] = jnp.asarray(
+            rng.normal(1.0 if leaf == "scale" else 0.0, scale * (0.1 if leaf == "scale" else 1), shape),
+            jnp.float32,
+        )
     return Model("tiny", config, params, None, jnp.dtype("float32"))
 
 
 MODELS = {"G2": tiny(2), "G1 with a window": tiny(1, windows=(24, None))}
 
 
-def settings(name: str, budget: int = BUDGET) -> dict:
+def settings(name: str, budget=BUDGET) -> dict:
     """The settings under which a method is tested: its defaults at a budget."""
     known = METHODS[name].__dataclass_fields__
     return {k: v for k, v in {"budget": budget, "dense_layers": 0}.items() if k in known}
@@ -76,7 +89,6 @@ def usual(model_name: str, name: str):
 @every_method
 @every_model
 def test_output_is_finite_and_differs_between_inputs(name, model_name):
-    model = MODELS[model_name]
     logits, _ = usual(model_name, name)
     assert np.isfinite(logits).all()
     assert np.abs(logits[0] - logits[1]).max() > 0.1
@@ -195,11 +207,11 @@ def test_each_row_is_that_row_alone(name, model_name):
 @every_method
 def test_padding_changes_nothing(name):
     model, method = MODELS["G2"], CASES[name]
-    first, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
+    _, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
     before = jax.tree.map(np.array, state)
     _, state = kvjax.decode_step(model, np.array([7, -1], np.int32), state, method)
     for old, new in zip(before, state, strict=True):
-        np.testing.assert_array_equal(old.seen + [1, 0], new.seen)
+        np.testing.assert_array_equal(old.seen + np.array([1, 0]), new.seen)
         for run_ in cache.runs(new.slots):
             np.testing.assert_array_equal(cache.view(old.pos, run_)[1], cache.view(new.pos, run_)[1])
             np.testing.assert_array_equal(cache.view(old.mass, run_)[1], cache.view(new.mass, run_)[1])
@@ -208,7 +220,7 @@ def test_padding_changes_nothing(name):
 @every_method
 def test_jit_changes_nothing(name):
     model, method = MODELS["G2"], CASES[name]
-    first, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
+    _, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
     copy = jax.tree.map(jnp.copy, state)
     jitted, _ = kvjax.decode_step(model, FORCED[:, 0], state, method)
     with jax.disable_jit():
@@ -243,7 +255,9 @@ def compiled_step(model: Model, method: CacheMethod, prompt: int, new: int):
 
 @every_method
 def test_the_compiled_step_aliases_the_donated_cache(name):
-    model = dataclasses.replace(MODELS["G2"], config=dataclasses.replace(MODELS["G2"].config, context_length=1 << 16))
+    model = dataclasses.replace(
+        MODELS["G2"], config=dataclasses.replace(MODELS["G2"].config, context_length=1 << 16)
+    )
     memory, state = compiled_step(model, CASES[name], 4096, 64)
     assert memory.alias_size_in_bytes >= measure.nbytes(state)
 
@@ -253,7 +267,7 @@ def test_a_table_of_equal_budgets_equals_an_int(name):
     model = MODELS["G2"]
     table = np.full((2, 2), BUDGET)
     as_int, _ = usual("G2", name)
-    as_table, _ = run(model, make(name, budget=table))
+    as_table, _ = run(model, make(name, **settings(name, table)))
     np.testing.assert_allclose(as_table, as_int, atol=1e-5)
 
 
@@ -312,7 +326,7 @@ def test_bad_budgets_raise(name, bad):
 @pytest.mark.parametrize("name", [n for n in METHODS if "budget" in settings(n)])
 def test_budgets_above_the_context_raise(name):
     with pytest.raises(ValueError, match="a budget is at most the context of 512 tokens"):
-        kvjax.prefill(MODELS["G2"], PROMPTS, make(name, budget=513))
+        kvjax.prefill(MODELS["G2"], PROMPTS, make(name, **settings(name, 513)))
 
 
 def test_tables_of_the_wrong_shape_raise():
