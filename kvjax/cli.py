@@ -55,7 +55,12 @@ class Generate:
         if self.chat:
             prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
         steps = kvjax.stream(
-            model, prompt, method, max_new_tokens=self.max_new_tokens, sampling=sampling, compress=self.compress
+            model,
+            prompt,
+            method,
+            max_new_tokens=self.max_new_tokens,
+            sampling=sampling,
+            compress=self.compress,
         )
         for piece in _pieces(model, (token for (token,) in steps)):
             print(piece, end="", flush=True)

@@ -1,0 +1,131 @@
+import io
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+import kvjax
+from kvjax import cli
+from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.models.tokenizer import Tokenizer
+
+TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return Tokenizer(backend, template=TEMPLATE)
+
+
+def tiny() -> kvjax.Model:
+    config = ModelConfig(
+        family="llama", vocab_size=256, width=32, ffn_width=48, n_layers=2, n_heads=4, n_kv_heads=2,
+        head_dim=8, context_length=256, rope=RopeConfig(), norm_eps=1e-5, query_scale=0.35, layer_windows=(None, None),
+    )  # fmt: skip
+    rng, params = np.random.default_rng(0), {}
+    for path, shape in config.param_shapes().items():
+        *parents, leaf = path.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jnp.asarray(rng.normal(leaf == "scale", 0.5, shape), jnp.float32)
+    return kvjax.Model("tiny", config, params, byte_tokenizer(), jnp.dtype("float32"))
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
+    return model
+
+
+@pytest.mark.parametrize("method", ["full", "snapkv:window=4+kivi4"])
+def test_generate_writes_what_the_library_returns(loaded, capsys, method):
+    budget = [] if method == "full" else ["--budget", "8"]
+    code = cli.main(["generate", "Hello, world", "--method", method, *budget, "--max-new-tokens", "40"])
+    made = cli.spec.parse(method, budget=8)
+    assert (
+        capsys.readouterr().out
+        == kvjax.generate(loaded, "Hello, world", made, max_new_tokens=40)[0].text + "\n"
+    )
+    assert code == 0
+
+
+def test_generate_reads_the_standard_input_and_chats(loaded, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hi"))
+    assert cli.main(["generate", "-", "--chat", "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == kvjax.generate(loaded, "<Hi>", max_new_tokens=5)[0].text + "\n"
+
+
+def test_pieces_never_cut_a_character(loaded):
+    ids = loaded.tokenizer.encode("naïve 🦙 done")
+    pieces = list(cli._pieces(loaded, ids))
+    assert "".join(pieces) == "naïve 🦙 done"
+    assert "�" not in "".join(pieces)
+    half = list(cli._pieces(loaded, ids[:-6]))
+    assert "".join(half).startswith("naïve ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Hi", "--method", "snapvk"], "did you mean 'snapkv'?"),
+        (["Hi", "--method", "snapkv"], "snapkv needs budget"),
+        (["Hi", "--budget", "4"], "full takes no further budget, got self.budget=4"),
+        (["Hi", "--method", "knorm", "--budget", "0"], "a budget is at least 1 token"),
+        (
+            ["Hi", "--method", "knorm", "--budget", "1000", "--max-new-tokens", "9"],
+            "a budget is at most the context of 256 tokens",
+        ),
+        (["", "--max-new-tokens", "4"], "a prompt has at least one token"),
+        (["Hi", "--max-new-tokens", "0"], "at least one token is generated"),
+        (["Hi", "--top-p", "3"], "top_p is in (0, 1]"),
+    ],
+)
+def test_a_user_error_is_one_line_and_no_traceback(loaded, capsys, arguments, message):
+    assert cli.main(["generate", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_an_unknown_model_and_option_name_the_nearest(capsys):
+    assert cli.main(["generate", "Hi", "--model", "smollm3-135m"]) == 2
+    assert "'smollm2-135m'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "Hi", "--metod", "full"])
+    assert "--method" in "".join(capsys.readouterr())
+
+
+def test_a_model_without_tokenizer_is_refused(capsys, monkeypatch):
+    model = tiny()
+    bare = kvjax.Model("bare", model.config, model.params, None, model.dtype)
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: bare)
+    assert cli.main(["generate", "Hi"]) == 2
+    assert "text needs a tokenizer" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_quietly(loaded, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kvjax, "stream", interrupted)
+    assert cli.main(["generate", "Hi"]) == 130
+
+
+def test_lists_name_all_methods_and_models(capsys):
+    assert cli.main(["methods"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n{name} " in "\n" + listed for name in kvjax.METHODS)
+    assert "snapkv:budget=...,window=32" in listed
+    assert cli.main(["models"]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in cli.MODELS)
