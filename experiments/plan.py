@@ -1,0 +1,67 @@
+"""Lists the rows of a comparison: methods, budgets, and whether compression sees the question."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from kvjax import spec
+from kvjax.method import CacheMethod
+
+__all__ = ["Methods", "Trial", "plan"]
+
+_EXTRA = ("snapkv+kivi4",)  # what chains can do, beside every method by itself
+
+Methods = Mapping[str, type[CacheMethod]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row: a method under its name, its budget as a share and in tokens, the question's mode."""
+
+    name: str
+    method: CacheMethod
+    ratio: float
+    budget: int
+    question: str  # "unseen" or "seen" by the compression
+
+
+def plan(names: Sequence[str], budgets: Sequence[float], total: int, methods: Methods) -> list[Trial]:
+    """Returns the rows of the table, the full cache first.
+
+    Methods that evict have a row for each budget and mode; the others never lose what a later
+    question needs, so they have the unseen mode only, and without a budget one row.
+
+    Raises:
+        ValueError: for an unknown method or setting, or a budget that is no share.
+    """
+    for ratio in budgets:
+        if not 0 < ratio <= 1:
+            near = 1 / ratio if ratio > 1 else 0.5
+            raise ValueError(f"a budget is a share in (0, 1], got {ratio}: did you mean {near:.3g}?")
+    ratios = sorted({r for r in budgets if r < 1}, reverse=True)
+    trials = [Trial("full", spec.parse("full"), 1.0, total, "unseen")]
+    for name in names or _all(methods):
+        if "budget" in spec.settings_of(name, methods):
+            made = [(spec.parse(name, methods, budget=_tokens(r, total)), r) for r in ratios]
+            if not ratios:  # the name is checked all the same
+                spec.parse(name, methods, budget=total)
+        else:
+            made = [(spec.parse(name, methods), 1.0)]
+        for question in ("unseen", "seen"):
+            trials += [
+                Trial(name, m, r, _tokens(r, total), question)
+                for m, r in made
+                if m.evicts or question == "unseen"
+            ]
+    return list({(t.name, t.ratio, t.question): t for t in trials}.values())
+
+
+def _tokens(ratio: float, total: int) -> int:
+    return max(1, round(ratio * total))
+
+
+def _all(methods: Methods) -> list[str]:
+    """Returns every method by name, storage in both widths, and the chains worth a look."""
+    names = []
+    for name in methods:
+        names += [f"{name}{bits}" for bits in (8, 4)] if "bits" in spec.settings_of(name, methods) else [name]
+    return [*names, *_EXTRA]

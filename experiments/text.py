@@ -1,0 +1,44 @@
+"""Takes excerpts of long real text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+__all__ = ["PROSE", "excerpts", "read_text"]
+
+PROSE = "pydoc_data.topics"  # 500 KB of reference prose in every Python, though not the same in each
+
+
+def read_text(source: str) -> str:
+    """Returns the prose of `pydoc_data.topics`, or the text of a file.
+
+    Raises:
+        ValueError: for a file that is not UTF-8.
+        OSError: for a file that cannot be read.
+    """
+    if source == PROSE:
+        from pydoc_data.topics import topics  # half a megabyte, wanted here only
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a text file is UTF-8, got {source!r} ({error}): convert it") from error
+
+
+def excerpts(ids: Sequence[int], n: int, length: int, seed: int) -> Int[np.ndarray, "N T"]:
+    """Returns n excerpts of the text that do not overlap, one from each n-th of it.
+
+    Raises:
+        ValueError: where the text is too short.
+    """
+    part = len(ids) // n
+    if part < length:
+        raise ValueError(
+            f"a text holds all excerpts, got {len(ids)} tokens for {n} of {length}: "
+            "take a longer text, fewer docs or a shorter context"
+        )
+    starts = np.random.default_rng([seed, 0]).integers(0, part - length + 1, n) + part * np.arange(n)
+    return np.stack([np.asarray(ids[start : start + length], np.int32) for start in starts])
