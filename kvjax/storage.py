@@ -30,7 +30,7 @@ class Quantized:
     zero: Leaf  # as scale
     recent: Leaf  # [B K W D]
     slot: Leaf  # [B K W] int32 packed row of each recent vector, R = none
-    turn: Leaf  # [B] int32, where the ring is written next
+    turn: Leaf  # [B K] int32, where the ring is written next
     bits: int = struct.field(pytree_node=False)
     block: int | None = struct.field(pytree_node=False)  # slots per key block; None = per token
     slots: tuple[int, ...] = struct.field(pytree_node=False)
@@ -94,7 +94,7 @@ def quantize(x: Float[Array, "B R D"], mass: Packed, order: Packed, store: dict)
         codes = full.at[:, np.where(inside, rows, n_rows)].set(codes)[:, :n_rows]
         scale, zero = scale[:, :, 0], zero[:, :, 0]
     recent, slot = _newest(clean, mass, order, slots, store["window"])
-    turn = jnp.zeros((batch,), jnp.int32)
+    turn = jnp.zeros(slot.shape[:2], jnp.int32)
     return Quantized(codes, scale, zero, recent, slot, turn, bits, block, tuple(slots))
 
 
@@ -121,13 +121,13 @@ def _newest(x: Array, mass: Array, order: Array, slots: tuple[int, ...], window:
 def _remember(store: Quantized, idx: Slots, x: Array) -> Quantized:
     """Puts one new row per head into the ring, and forgets an older row of the same slot."""
     window = store.slot.shape[2]
-    here = jnp.arange(window)[None, None, :] == store.turn[:, None, None]
+    here = jnp.arange(window)[None, None, :] == store.turn[:, :, None]
     n_rows = sum(store.slots)
     slot = jnp.where(store.slot == idx, n_rows, store.slot)
     written = idx < n_rows
     slot = jnp.where(here & written, idx, slot).astype(jnp.int32)
     recent = jnp.where((here & written)[..., None], x.astype(store.recent.dtype), store.recent)
-    turn = jnp.where(written[:, 0, 0], (store.turn + 1) % window, store.turn)
+    turn = jnp.where(written[..., 0], (store.turn + 1) % window, store.turn)
     return store.replace(recent=recent, slot=slot, turn=turn)
 
 

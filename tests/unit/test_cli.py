@@ -1,45 +1,15 @@
 import io
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
-import tokenizers
 
 import kvjax
 from kvjax import cli
-from kvjax.models.config import ModelConfig, RopeConfig
-from kvjax.models.tokenizer import Tokenizer
-
-TEMPLATE = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
-
-
-def byte_tokenizer() -> Tokenizer:
-    """One token per byte."""
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(letters)}, []))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return Tokenizer(backend, template=TEMPLATE)
-
-
-def tiny() -> kvjax.Model:
-    config = ModelConfig(
-        family="llama", vocab_size=256, width=32, ffn_width=48, n_layers=2, n_heads=4, n_kv_heads=2,
-        head_dim=8, context_length=256, rope=RopeConfig(), norm_eps=1e-5, query_scale=0.35, layer_windows=(None, None),
-    )  # fmt: skip
-    rng, params = np.random.default_rng(0), {}
-    for path, shape in config.param_shapes().items():
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = jnp.asarray(rng.normal(leaf == "scale", 0.5, shape), jnp.float32)
-    return kvjax.Model("tiny", config, params, byte_tokenizer(), jnp.dtype("float32"))
+from tests.tiny_models import byte_tokenizer, tiny
 
 
 @pytest.fixture
 def loaded(monkeypatch):
-    model = tiny()
+    model = tiny(byte_tokenizer())
     monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
     return model
 
@@ -106,9 +76,7 @@ def test_an_unknown_model_and_option_name_the_nearest(capsys):
 
 
 def test_a_model_without_tokenizer_is_refused(capsys, monkeypatch):
-    model = tiny()
-    bare = kvjax.Model("bare", model.config, model.params, None, model.dtype)
-    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: bare)
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: tiny())
     assert cli.main(["generate", "Hi"]) == 2
     assert "text needs a tokenizer" in capsys.readouterr().err
 

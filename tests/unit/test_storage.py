@@ -78,8 +78,8 @@ def test_filling_slots_in_order_equals_quantising_at_once(bits, block):
     np.testing.assert_allclose(store.scale, at_once.scale, rtol=1e-6)
     assert np.mean(np.asarray(store.codes) != at_once.codes) < 0.02  # ties round either way
     step = np.asarray(at_once.scale).max()
-    assert np.abs(np.asarray(storage.read(store) - storage.read(at_once)))[:, 12:].max() <= step * 1.01
-    np.testing.assert_array_equal(storage.read(store)[:, -4:], x[:, -4:])
+    assert np.abs(np.asarray(storage.read(store) - storage.read(at_once))).max() <= step * 1.01
+    np.testing.assert_array_equal(storage.read(store)[:, [8, 11, 28, 31]], x[:, [8, 11, 28, 31]])
 
 
 def test_an_overwritten_slot_gives_its_new_value():
