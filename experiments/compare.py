@@ -49,8 +49,8 @@ class Settings:
     dtype: str | None = None
     text: str = text.PROSE
     context: int = 2048
-    continuation: int = 48
-    docs: int = 3
+    continuation: int = 32
+    docs: int = 4
     methods: tuple[str, ...] = ()
     budgets: tuple[float, ...] = (1.0, 0.5, 0.25, 0.125)
     seed: int = 0

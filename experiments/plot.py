@@ -19,6 +19,11 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = "osD^vPX*h"
 _PALE, _DARK = "#d9d9d9", "#4d4d4d"
 _STYLE = {"font.size": 10, "font.family": "sans-serif", "axes.edgecolor": _DARK, "text.color": "#1a1a1a"}
+_OFFSET, _LETTER, _PANEL_WIDTH = (
+    12,
+    6.2,
+    330,
+)  # points: of a name from its line, a letter's and a panel's width
 _PANELS = (("held", "bytes held"), ("read", "bytes read in a decode step"))
 
 
@@ -43,11 +48,11 @@ def draw(rows: Sequence[dict], path: Path) -> None:
             for place, (_, line) in enumerate(lines.items()):
                 _draw_line(axes, line, key, place)
             _draw_full(axes, bottom)
-            _scale_x(axes, [row[key] for line in lines.values() for row in line], title)
+            _scale_x(axes, {name: [row[key] for row in line] for name, line in lines.items()}, title)
         panels[0].set_ylabel("mean KL to the full cache, nats per token")
         first = rows[0]
         figure.suptitle(
-            f"{first['model']}: what each method loses for the bytes it saves",
+            f"{Path(first['model']).name}: what each method loses for the bytes it saves",
             x=0.01,
             ha="left",
             weight="bold",
@@ -102,11 +107,14 @@ def _power(value: float) -> str:
     return f"{value:g}" if value > 5e-4 else f"$10^{{{round(np.log10(value))}}}$"
 
 
-def _scale_x(axes: Axes, values: Sequence[float], title: str) -> None:
-    """Sets a scale of halvings, wide enough for labels left of the points."""
+def _scale_x(axes: Axes, lines: dict[str, list[float]], title: str) -> None:
+    """Sets a scale of halvings, wide enough for each line's name left of its last point."""
+    smallest = min([0.5, *(x for line in lines.values() for x in line)])
+    right = np.log2(max([1.0, *(x for line in lines.values() for x in line)]) * 1.22)
+    shares = {name: (_OFFSET + _LETTER * len(name)) / _PANEL_WIDTH for name in lines}
+    left = [(np.log2(line[-1]) - shares[n] * right) / (1 - shares[n]) for n, line in lines.items()]
     axes.set_xscale("log", base=2)
-    smallest = min([*values, 0.5])
-    axes.set_xlim(smallest / 2.6, max([*values, 1.0]) * 1.22)
+    axes.set_xlim(2 ** min([np.log2(smallest) - 0.5, *left]), 2**right)
     halvings = [2.0**-n for n in range(int(np.ceil(-np.log2(smallest))) + 1)]
     axes.xaxis.set_major_locator(FixedLocator(halvings))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.1f}%".replace(".0%", "%")))
@@ -122,13 +130,13 @@ def _label(axes: Axes, ends: dict[str, dict], key: str) -> None:
     points = 72 / axes.figure.dpi
     floor = axes.get_ylim()[0]
     at = [axes.transData.transform((row[key], max(row["kl"], floor))) * points for row in ends.values()]
-    spans = [(x - 12 - 6.2 * len(name), x - 12) for name, (x, _) in zip(ends, at, strict=True)]
+    spans = [(x - _OFFSET - _LETTER * len(name), x - _OFFSET) for name, (x, _) in zip(ends, at, strict=True)]
     heights = _apart([y for _, y in at], spans)
     for place, (name, end, height) in enumerate(zip(ends, at, heights, strict=True)):
         colour = _COLOURS[place % len(_COLOURS)]
         line = {"arrowstyle": "-", "color": colour, "lw": 0.7, "shrinkA": 1, "shrinkB": 4, "relpos": (1, 0.5)}
         text = axes.annotate(
-            name, end / points, xycoords="figure pixels", xytext=(-12, height - end[1]),
+            name, end / points, xycoords="figure pixels", xytext=(-_OFFSET, height - end[1]),
             textcoords="offset points", ha="right", va="center", color=colour, weight="bold", fontsize=9.5,
             arrowprops=line if abs(height - end[1]) > 3 else None,
         )  # fmt: skip

@@ -39,8 +39,8 @@ def table(rows: Sequence[dict]) -> Table:
     """Returns the table for a terminal."""
     first = rows[0]
     held = first["bytes_held"] / first["held"] / 1e6
-    title = f"{first['model']}, {first['dtype']}; full cache {held:.1f} MB a row; prefill of {first['batch']} rows"
-    title += f" {first['prefill_s']:.1f} s"
+    title = f"{first['model']}, {first['dtype']}; full cache {held:.1f} MB a row; "
+    title += f"prefill of {first['batch']} rows {first['prefill_s']:.1f} s"
     made = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", show_edge=False, padding=0)
     for name in _COLUMNS:
         made.add_column(name, justify="left" if name in _COLUMNS[:3:2] else "right", no_wrap=True)
