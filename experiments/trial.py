@@ -205,7 +205,7 @@ def _passkey(pre: Prefilled, trial: Trial, tokens: np.ndarray) -> dict:
     """Grades the answers."""
     start = pre.batch.n_question if trial.question == "unseen" else 0
     drawn = tokens[pre.batch.n_docs :, start : start + passkey.N_ANSWER]
-    answers = [pre.model.tokenizer.decode(row[row >= 0]) for row in drawn]
+    answers = [pre.model.tokenizer.decode(row[row >= 0].tolist()) for row in drawn]
     found = sum(passkey.graded(answer, key) for answer, key in zip(answers, pre.batch.keys, strict=True))
     return {"passkey": found, "answers": answers, "keys": pre.batch.keys}
 

@@ -69,7 +69,10 @@ def _nearest(name: str, known: Any) -> str:
 def per_layer(method: CacheMethod, config: ModelConfig) -> tuple[CacheMethod, ...]:
     """Returns each layer's method: a ring for layers with a window, the given one for the others."""
     windows = config.layer_windows
-    return tuple(SlidingWindow() if windows[i] else method.for_layer(i, config.n_layers) for i in range(config.n_layers))
+    return tuple(
+        SlidingWindow() if windows[i] else method.for_layer(i, config.n_layers)
+        for i in range(config.n_layers)
+    )
 
 
 def layers(config: ModelConfig) -> tuple[Layer, ...]:

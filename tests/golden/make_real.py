@@ -105,26 +105,17 @@ def make_outputs(name: str, given: dict) -> None:
     made_by = ", ".join(f"{package} {version(package)}" for package in ("transformers", "torch", "gguf"))
     entries["_made"] = {"file": Path(given["path"]).name, "by": f"{made_by}, CPU, float32, eager"}
     DATA.mkdir(parents=True, exist_ok=True)
-    # One line per list: a diff then shows which part moved.
-    text = json.dumps(entries, indent=1)
-    text = "\n".join(_joined(text.splitlines()))
-    (DATA / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    (DATA / f"{name}.json").write_text(_one_line_each(entries), encoding="utf-8")
     np.savez_compressed(DATA / f"{name}.npz", **nlls)
 
 
-def _joined(lines: list[str]):
-    """Yields lines with every list on one."""
-    held = None
-    for line in lines:
-        if held is not None:
-            held += (" " if held.endswith(",") else "") + line.strip()
-            if line.strip().startswith("]"):
-                yield held
-                held = None
-        elif line.endswith("["):
-            held = line
-        else:
-            yield line
+def _one_line_each(entries: dict) -> str:
+    """Returns JSON with one line per value, so that a diff shows what moved."""
+    parts = []
+    for key, entry in entries.items():
+        lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in entry.items())
+        parts.append(f" {json.dumps(key)}: {{\n  {lines}\n }}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 if __name__ == "__main__":
