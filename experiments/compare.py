@@ -36,13 +36,18 @@ _THREADS = 2  # programs compiled at once
 class Settings:
     """What to compare.
 
-    model: a name (`kvjax models`), hf:org/name, or a path.
-    dtype: float32 or bfloat16; by default the device's.
-    text: pydoc_data.topics (Python's reference, in every Python), or a text file.
-    context: tokens before the question. continuation: tokens of prose scored after it.
-    docs: rows of prose. methods: such as snapkv:window=16 or snapkv+kivi4; by default all.
-    budgets: shares of the tokens to keep; 1 stands for the full cache.
-    out: the folder of results. plugin: a .py file that defines a method, which joins the table.
+    Args:
+        model: a name (see `kvjax models`), hf:org/name, or a path.
+        dtype: float32 or bfloat16; by default the device's.
+        text: pydoc_data.topics (prose that every Python has), or a text file.
+        context: tokens before the question.
+        continuation: tokens of prose scored after the context.
+        docs: rows of prose.
+        methods: such as snapkv:window=16 or snapkv+kivi4; by default all.
+        budgets: shares of the tokens to keep; 1 stands for the full cache.
+        seed: chooses excerpts and pass keys.
+        out: the folder of results.
+        plugin: a .py file that defines a method, which joins the table.
     """
 
     model: str = "smollm2-135m"

@@ -4,7 +4,6 @@ import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -23,11 +22,20 @@ __all__ = ["Generate", "Methods", "Models", "main"]
 class Generate:
     """Continues a prompt and writes the text as it comes.
 
-    prompt: the text, or - to read it from the standard input.
-    model: a name (see `kvjax models`), hf:org/name, or a path. dtype: float32 or bfloat16.
-    method: such as snapkv, snapkv:budget=512,window=16, or snapkv+kivi4 (see `kvjax methods`).
-    budget: tokens per KV head, for a method that has a budget. compress: "end" or "chunk".
-    chat: the prompt is a message to an instruction-tuned model.
+    Args:
+        prompt: the text, or - to read it from the standard input.
+        model: a name (see `kvjax models`), hf:org/name, or a path.
+        dtype: float32 or bfloat16; by default the device's.
+        method: such as snapkv:budget=512,window=16 or snapkv+kivi4 (see `kvjax methods`).
+        budget: tokens per KV head, for a method that has a budget.
+        compress: when: at the prompt's "end", or after each "chunk" of it.
+        max_new_tokens: tokens at most; a stop token ends sooner.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among the k likeliest; 0 = all.
+        top_p: draw among the likeliest that hold this probability.
+        min_p: draw among those with this share of the likeliest one's probability.
+        seed: the same seed draws the same text.
+        chat: the prompt is a message to an instruction-tuned model.
     """
 
     prompt: tyro.conf.Positional[str]
@@ -99,11 +107,7 @@ class Models:
         print("also: hf:org/name, the folder of a Hugging Face checkpoint, or a .gguf file")
 
 
-Command = (
-    Annotated[Generate, tyro.conf.subcommand("generate")]
-    | Annotated[Methods, tyro.conf.subcommand("methods")]
-    | Annotated[Models, tyro.conf.subcommand("models")]
-)
+Command = Generate | Methods | Models
 
 
 def main(arguments: list[str] | None = None) -> int:

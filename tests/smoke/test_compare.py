@@ -100,10 +100,11 @@ def test_a_run_is_interrupted_resumed_and_then_complete(command, tmp_path, monke
 
 def check_figures(rows: dict, claims: dict):
     full, ours = rows["full", "unseen"], rows["snapkv:window=8", "unseen"]
-    assert (full["kl"], full["top1"], full["held"], full["read"]) == (0, 1, 1, 1)
+    assert (full["kl"], full["held"], full["read"]) == (0, 1, 1)
+    assert full["top1"] == pytest.approx(1)
     assert ours["budget"] == 96 == round(0.25 * (336 + 48))
     assert 0.25 <= ours["held"] < 0.27
-    assert ours["kl"] > 1e-3 > rows["kivi8", "unseen"]["kl"] > 0
+    assert ours["kl"] > 10 * rows["kivi8", "unseen"]["kl"] > 0
     assert 0 < ours["top1"] < 1
     assert rows["snapkv:window=8", "seen"]["perplexity"] is None
     assert rows["snapkv:window=8", "seen"]["bytes_held"] == ours["bytes_held"]

@@ -276,7 +276,7 @@ def test_compiling_is_told_from_running():
     with timed() as second:
         work(jnp.eye(4)).block_until_ready()
         time.sleep(0.05)
-    assert first.compile_s > 10 * first.run_s > 0
+    assert first.compile_s > first.run_s > 0
     assert second.compile_s == 0
     assert second.run_s >= 0.05
 
