@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kvjax.models.config import ModelConfig
-from kvjax.models.hub import fetch
+from kvjax.models.hub import cache_dir, fetch
 from kvjax.models.tokenizer import Tokenizer, load_tokenizer
 from kvjax.models.weights import load_weights
 
@@ -75,6 +74,5 @@ def load(name: str | os.PathLike = "smollm2-135m", dtype: Any = None) -> Model:
 def keep_compiled() -> None:
     """Keeps compiled programs on disk between processes, unless JAX is told where already."""
     if jax.config.jax_compilation_cache_dir is None:
-        root = os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(Path(root) / "kvjax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
