@@ -169,7 +169,7 @@ def main(settings: Settings):
         "n_new": settings.n_new,
         "n_threads": settings.n_threads,
     }
-    stored = results.start("peers", seed=0, resume=False)
+    stored = results.start("peers", seed=0, resume=False, command="python -m experiments.peers")
     pythons = {"kvjax": sys.executable, "torch": settings.peer_python}
     with tempfile.TemporaryDirectory() as folder:
         children = {side: Child(side, pythons[side], request, Path(folder)) for side in SIDES}
