@@ -23,52 +23,57 @@ def quoted(text: str) -> str:
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not (mark and end):
-            raise ValueError(f"README.md marks figures by <!-- {name} --> and <!-- end -->, got none: add them")
+            raise ValueError(
+                f"README.md marks figures by <!-- {name} --> and <!-- end -->, got none: add them"
+            )
         text = before + mark + block + end + after
     return text
 
 
-def _newest(experiment: str, command: str) -> results.Results:
-    """Returns the newest stored run of a command."""
-    found = [results.load(path) for path in sorted((results.FOLDER / experiment).glob("*.json"))]
-    return max((r for r in found if r.header["command"] == command), key=lambda r: r.header["date"])
-
-
-def _source(stored: results.Results) -> str:
-    h = stored.header
-    return (
-        f"{h['device']}, jax {h['versions']['jax']}, {h['date'][:10]}, "
-        f"[{stored.path.name}](experiments/results/{stored.path.parent.name}/{stored.path.name})"
+def _newest(experiment: str) -> tuple[dict, str]:
+    """Returns the newest stored run of an experiment with its defaults, and its file."""
+    found = [(results.load(path), path) for path in (results.FOLDER / experiment).glob("*.json")]
+    stored, path = max(
+        ((run, path) for run, path in found if run["command"] == f"python -m experiments.{experiment}"),
+        key=lambda pair: pair[0]["date"],
     )
+    return stored, path.relative_to(_README.parent).as_posix()
+
+
+def _source(stored: dict, path: str) -> str:
+    """Says where figures come from."""
+    jax = stored["versions"].get("jax") or stored["rows"][0]["ready"]["kvjax"]["versions"]["jax"]
+    return f"{stored['device']}, jax {jax}, {stored['date'][:10]}: [{path}]({path})"
 
 
 def _compare() -> str:
-    """Returns the table at a quarter of the tokens, and storage at its own size."""
-    stored = _newest("compare", "python -m experiments.compare")
-    rows = {(r["name"], r["ratio"], r["question"]): r for r in stored.rows}
+    """Returns the table at a quarter of the tokens, storage at its own size, and the plot."""
+    stored, path = _newest("compare")
+    rows = {(r["name"], r["ratio"], r["question"]): r for r in stored["rows"]}
     lines = [
-        "| method | tokens kept | perplexity | KL to full | pass keys, question unseen / seen | held | read |",
+        "| method | budget | perplexity | KL to full | pass keys, unseen / seen | held | read |",
         "|---|---|---|---|---|---|---|",
     ]
     for (name, ratio, question), r in rows.items():
         if question == "seen" or ratio not in (1.0, _BUDGET):
             continue
         seen = rows.get((name, ratio, "seen"), r)["passkey"]
-        kept = f"{ratio:.0%}" if r["held"] < 1 else "100%"
         lines.append(
-            f"| {name} | {kept} | {r['perplexity']:.2f} | {r['kl']:.4f} | {r['passkey']} / {seen} of 5 "
+            f"| {name} | {ratio:.0%} | {r['perplexity']:.2f} | {r['kl']:.4f} | {r['passkey']} / {seen} of 5 "
             f"| {r['held']:.0%} | {r['read']:.0%} |"
         )
-    return "\n".join(lines) + f"\n\n({_source(stored)})\n"
+    plot = f"![What each method loses for the bytes it saves]({path.removesuffix('.json')}.png)"
+    return "\n".join(lines) + f"\n\n{plot}\n\n({_source(stored, path)})\n"
 
 
 def _peers() -> str:
     """Returns the ratios to transformers on torch."""
-    stored = _newest("peers", "python -m experiments.peers")
-    c = stored.claims
+    stored, path = _newest("peers")
+    c = stored["claims"]
     return (
-        f"Prefill of 2,048 tokens is {c['prefill_speedup']:.2f} times and decode {c['decode_speedup']:.2f} times as "
-        f"fast as transformers on torch, float32, medians of alternating runs ({_source(stored)}).\n"
+        f"Prefill of 2,048 tokens is {c['prefill_speedup']:.2f} times and decode {c['decode_speedup']:.2f} "
+        f"times as fast\nas transformers on torch, float32, medians of alternating runs "
+        f"({_source(stored, path)}).\n"
     )
 
 
