@@ -20,5 +20,5 @@ def test_a_changed_figure_is_noticed():
 
 
 def test_a_missing_marker_raises():
-    with pytest.raises(ValueError, match="README.md marks figures"):
+    with pytest.raises(ValueError, match="marks figures by"):
         quote.quoted("no markers")
