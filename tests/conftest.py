@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(platformdirs.user_cache_p
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 
+import jax
 from jaxtyping import install_import_hook
 
 # Before any of our modules is imported, and for the test run only.
@@ -22,6 +23,18 @@ collect_ignore_glob = ["golden/make_*.py"]  # scripts that need the peers; no te
 settings.register_profile("dev", deadline=None, max_examples=20)
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, database=None)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+_CLEAR_EVERY = 60  # tests
+
+
+@pytest.fixture(autouse=True)
+def _bounded_programs(request):
+    """Forgets compiled programs now and then: each maps memory, and a process may map only so often."""
+    yield
+    request.session.n_run = getattr(request.session, "n_run", 0) + 1
+    if request.session.n_run % _CLEAR_EVERY == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
