@@ -84,6 +84,14 @@ def stream(
 
     Arguments and errors as `generate`. Tokens arrive in blocks, since several steps run in one
     compiled call.
+
+    Example:
+        >>> import kvjax
+        >>> model = kvjax.load("smollm2-135m")
+        >>> for step in kvjax.stream(model, "The capital of France is", max_new_tokens=2):
+        ...     print(repr(model.tokenizer.decode(step)))
+        ' Paris'
+        '.'
     """
     if max_new_tokens < 1:
         raise ValueError(f"at least one token is generated, got {max_new_tokens=}")

@@ -59,7 +59,13 @@ class Program:
 
 
 def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, "B T"]:
-    """Stacks prompts of different lengths, padded with -1 on the left to a multiple of tokens."""
+    """Stacks prompts of different lengths, padded with -1 on the left to a multiple of tokens.
+
+    Example:
+        >>> pad([[5, 6, 7], [8]])
+        array([[ 5,  6,  7],
+               [-1, -1,  8]], dtype=int32)
+    """
     length = -(-max(map(len, prompts)) // multiple) * multiple
     ids = np.full((len(prompts), length), -1, np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
@@ -110,6 +116,16 @@ def prefill(
     Raises:
         ValueError: for ids outside the vocabulary, an empty batch, prompts that leave no room in
             the context or in the given state, or another value of `compress`.
+
+    Example:
+        >>> import kvjax
+        >>> model = kvjax.load("smollm2-135m")
+        >>> ids = kvjax.pad([model.tokenizer.encode("The capital of France is")])
+        >>> logits, state = kvjax.prefill(model, ids, room=2)
+        >>> model.tokenizer.decode(logits.argmax(-1).tolist())
+        ' Paris'
+        >>> len(state), state[0].k.shape  # layers, [B R D]
+        (30, (1, 54, 64))
     """
     ids = _check(model, ids)
     if compress not in ("end", "chunk"):
@@ -234,6 +250,15 @@ def decode_step(
     """Appends one token per row and returns the logits of the next. The given state is consumed.
 
     A row with id -1 is left as it is.
+
+    Example:
+        >>> import kvjax
+        >>> model = kvjax.load("smollm2-135m")
+        >>> ids = kvjax.pad([model.tokenizer.encode("The capital of France is")])
+        >>> logits, state = kvjax.prefill(model, ids, room=2)
+        >>> logits, state = kvjax.decode_step(model, logits.argmax(-1), state)
+        >>> model.tokenizer.decode(logits.argmax(-1).tolist())
+        '.'
     """
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
@@ -262,6 +287,15 @@ def decode(
         keep_logits: also return the logits that each token was drawn from.
 
     Returns: tokens, the next logits, the state, and the logits if kept.
+
+    Example:
+        >>> import kvjax
+        >>> model, method = kvjax.load("smollm2-135m"), kvjax.METHODS["full"]()
+        >>> ids = kvjax.pad([model.tokenizer.encode("The capital of France is")])
+        >>> logits, state = kvjax.prefill(model, ids, method, room=2)
+        >>> tokens, logits, state, _ = kvjax.decode(model, logits, state, method, forced=np.full((1, 2), -1))
+        >>> model.tokenizer.decode(tokens[0].tolist())
+        ' Paris.'
     """
     n_steps = jnp.int32(forced.shape[1] if steps is None else steps)
     program = Program.of(model, method)

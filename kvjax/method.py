@@ -32,6 +32,22 @@ class CacheMethod(abc.ABC):
 
     A field `budget`, where there is one, is the number of tokens per KV head, generated ones
     included: an int, or a table [L, K]; anything array-like becomes nested tuples.
+
+    Example:
+        >>> from kvjax import eviction
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Newest(CacheMethod):
+        ...     budget: Budget
+        ...     evicts: ClassVar[bool] = True
+        ...
+        ...     def compress(self, kv, q, pos):
+        ...         return eviction.by_score(kv, kv.pos.astype(float), self.budgets(kv.layer))[0]
+        >>> import kvjax
+        >>> model = kvjax.load("smollm2-135m")
+        >>> ids = kvjax.pad([model.tokenizer.encode("The capital of France is")])
+        >>> _, state = kvjax.prefill(model, ids, Newest(budget=4), room=2)
+        >>> state[0].slots  # of each KV head; one is free for the next token
+        (4, 4, 4)
     """
 
     rotated: ClassVar[bool] = True  # keys are stored rotated
@@ -199,10 +215,15 @@ class Chain(CacheMethod):
 
 
 def chain(*methods: CacheMethod) -> CacheMethod:
-    """Composes methods on one state, for example `chain(SnapKV(budget=512), KIVI(bits=4))`.
+    """Composes methods on one state.
 
     Raises:
         ValueError: where a method after the first evicts, or keys are stored differently.
+
+    Example:
+        >>> from kvjax import METHODS
+        >>> chain(METHODS["tova"](budget=512), METHODS["kivi"](bits=4)).methods
+        (TOVA(budget=512), KIVI(bits=4, block=32, window=32))
     """
     flat = tuple(inner for m in methods for inner in (m.methods if isinstance(m, Chain) else (m,)))
     return flat[0] if len(flat) == 1 else Chain(flat)

@@ -21,6 +21,17 @@ class Sampling:
 
     temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a limit off. stop: token ids that
     end a row; None means the model's own in `generate`, and none elsewhere.
+
+    Example:
+        >>> import kvjax
+        >>> model = kvjax.load("smollm2-135m")
+        >>> sampling = kvjax.Sampling(temperature=0.8, top_p=0.9, seed=1)
+        >>> one, same = (
+        ...     kvjax.generate(model, "The capital of France is", max_new_tokens=2, sampling=sampling)
+        ...     for _ in range(2)
+        ... )
+        >>> one == same
+        True
     """
 
     temperature: float = 0.0

@@ -1,6 +1,11 @@
 """Finds methods by name: every file of this folder that defines one is in `METHODS`.
 
 A method's name is its file's; the class is the `CacheMethod` of the file's `__all__`.
+
+Example:
+    >>> import kvjax
+    >>> kvjax.METHODS["snapkv"](budget=512)
+    SnapKV(budget=512, window=32, kernel=5)
 """
 
 import difflib
