@@ -1,14 +1,134 @@
-"""Stands between the project and jax.experimental: the only file that imports it."""
+"""Stands between the project and jax.experimental: the only file that imports it.
 
-from collections.abc import Callable
+GPU kernels are written in Pallas Triton, which JAX has marked as deprecated without a date; it is
+the one language that runs from T4 to H100 and takes operands in pinned host memory. The warning is
+silenced here, in `gpu_call`, and nowhere else.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.experimental import checkify
+from jax.experimental import checkify, topologies
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton
 
-__all__ = ["checked", "debug_check"]
+__all__ = [
+    "Target",
+    "aim",
+    "checked",
+    "debug_check",
+    "gpu_call",
+    "pl",
+    "pltpu",
+    "program_id",
+    "races",
+    "target",
+    "topologies",
+    "tpu_call",
+    "triton",
+]
 
 debug_check = checkify.debug_check
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are built for.
+
+    platform: "cpu", "gpu" or "tpu". device: its kind, as JAX names it. interpret: None compiles;
+    "forward" and "backward" interpret a kernel's programs in that order.
+    """
+
+    platform: str
+    device: str
+    interpret: str | None = None
+
+
+_target = jax.make_user_context(default_value=None)  # part of the key of every compiled program
+
+
+def target() -> Target:
+    """Returns what kernels are built for: the default device, or what `aim` says."""
+    if _target.value is not None:
+        return _target.value
+    device = jax.config.jax_default_device
+    if not isinstance(device, jax.Device):
+        device = jax.devices(device)[0]
+    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    return Target(platform, device.device_kind)
+
+
+@contextlib.contextmanager
+def aim(at: Target) -> Iterator[None]:
+    """Builds kernels for another target than the default device: to interpret, or to compile ahead."""
+    with _target(at):
+        yield
+
+
+def program_id(axis: int) -> jax.Array:
+    """Returns this program's place in the grid of a `gpu_call`.
+
+    Interpreted "backward", programs run in reverse: one that reads or overwrites what another
+    writes gives another result then, which is how tests find races between programs.
+    """
+    place = pl.program_id(axis)
+    return pl.num_programs(axis) - 1 - place if target().interpret == "backward" else place
+
+
+def gpu_call(
+    kernel: Callable[..., None],
+    *operands: jax.Array,
+    grid: tuple[int, ...],
+    out_shape: Any,
+    warps: int = 4,
+    stages: int = 2,
+    name: str,
+) -> Any:
+    """Runs a Pallas Triton kernel, whose refs are whole arrays, over a grid of programs."""
+    at = target()
+    options = {"grid": grid, "out_shape": out_shape, "name": name}
+    if at.interpret is not None:
+        return pl.pallas_call(kernel, interpret=True, **options)(*operands)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
+        params = triton.CompilerParams(num_warps=warps, num_stages=stages)
+        return pl.pallas_call(kernel, compiler_params=params, **options)(*operands)
+
+
+def tpu_call(
+    kernel: Callable[..., None],
+    *operands: jax.Array,
+    grid_spec: pltpu.PrefetchScalarGridSpec,
+    out_shape: Any,
+    semantics: Sequence[str],
+    vmem_bytes: int,
+    name: str,
+) -> Any:
+    """Runs a Pallas Mosaic kernel.
+
+    semantics: "parallel" or "arbitrary" per grid axis. vmem_bytes: what the kernel may use; the
+    compiler refuses one that needs more.
+    """
+    options = {"grid_spec": grid_spec, "out_shape": out_shape, "name": name}
+    if target().interpret is not None:
+        races = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+        return pl.pallas_call(kernel, interpret=races, **options)(*operands)
+    params = pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes)
+    return pl.pallas_call(kernel, compiler_params=params, **options)(*operands)
+
+
+def races() -> bool:
+    """Returns whether the TPU interpreter found a race since the last call (in JAX 0.12 it raises)."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call  # no public name in JAX 0.10
+
+    state = interpret_pallas_call.races
+    pltpu.reset_tpu_interpret_mode_state()
+    return state is not None and state.races_found
 
 
 def checked(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -35,6 +35,7 @@ MAKERS = {
         "getLogger",
         "jit",
         "joinpath",
+        "make_user_context",
         "namedtuple",
         "partial",
         "resolve",

@@ -1,0 +1,83 @@
+"""Chooses the implementation of an op: the only place that does.
+
+impl None takes the first that runs, the kernel of the platform before the reference, and reports
+which; a name runs that one or raises. Nothing falls back silently.
+"""
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from pallas_kernels import backend
+
+__all__ = ["run", "watch"]
+
+_log = logging.getLogger("pallas_kernels")
+_watched: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("watched", default=None)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[dict[str, str]]:
+    """Records which implementation each op took, as programs are traced.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from pallas_kernels.attention import AttentionForm
+        >>> from pallas_kernels.decode_attention import decode_attention
+        >>> k = jnp.ones((1, 32, 64))
+        >>> with watch() as taken:
+        ...     _ = decode_attention(k[:, None, :4], k, k, k[..., 0], form=AttentionForm(slots=(32,)))
+        >>> taken
+        {'decode_attention': 'reference'}
+    """
+    token = _watched.set({})
+    try:
+        yield _watched.get()
+    finally:
+        _watched.reset(token)
+
+
+def run(
+    op: str, impl: str | None, impls: Mapping[str, Callable[..., Any]], *args: Any, **options: Any
+) -> Any:
+    """Runs an op's implementation.
+
+    Args:
+        impls: "reference", and "gpu" and "tpu" where the op has them. A kernel raises
+            NotImplementedError for shapes and types it does not take.
+
+    Raises:
+        ValueError: for an impl the op does not have.
+        NotImplementedError: for an impl named that this machine or shape cannot run.
+    """
+    platform = backend.target().platform
+    if impl is None:
+        names = [name for name in (platform, "reference") if name in impls]
+    elif impl not in impls:
+        raise ValueError(f"{op} has the implementations {', '.join(impls)}, got {impl=}")
+    elif impl not in ("reference", platform):
+        raise NotImplementedError(
+            f"{op}: impl={impl!r} runs on a {impl.upper()}, got platform {platform!r}: "
+            f"use impl='reference', or None for what runs here"
+        )
+    else:
+        names = [impl]
+    for name in names:
+        try:
+            out = impls[name](*args, **options)
+        except NotImplementedError as why:
+            if name == names[-1]:
+                raise
+            _log.warning("%s: the %s kernel does not take this, so the reference runs: %s", op, name, why)
+        else:
+            _report(op, name)
+            return out
+    raise NotImplementedError(f"{op} has no implementation for {platform!r}")
+
+
+def _report(op: str, name: str) -> None:
+    _log.info("%s: %s", op, name)
+    if (watched := _watched.get()) is not None:
+        watched[op] = name

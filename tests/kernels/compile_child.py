@@ -1,0 +1,42 @@
+"""Compiles ops for one described device and prints a JSON line per case. Run by test_compile.py."""
+
+import json
+import sys
+import time
+
+import jax
+
+from pallas_kernels.registry import ops
+from pallas_kernels.topology import Described
+
+
+def case(op, spec, at: Described) -> dict:
+    """Compiles one case and returns what the compiler says of it."""
+    arrays = at.spread(jax.eval_shape(spec.arrays, jax.random.key(0)))
+    start = time.perf_counter()
+    with at.compiling():
+        run = jax.jit(lambda arrays: op.call(**arrays, **spec.options(), impl=at.platform))
+        text = (lowered := run.lower(arrays)).as_text()
+        memory = lowered.compile().memory_analysis()
+    if "tpu_custom_call" not in text and "triton" not in text:
+        raise RuntimeError("the program holds no kernel")
+    return {"seconds": time.perf_counter() - start, "temp_bytes": memory.temp_size_in_bytes}
+
+
+def main(device: str, *names: str) -> None:
+    """Compiles every case of the named ops, or of all."""
+    at = Described(device)
+    for name, op in ops().items():
+        for spec in op.specs if not names or name in names else ():
+            line = {"op": name, "spec": spec.name}
+            try:
+                line |= case(op, spec, at)
+            except NotImplementedError as why:
+                line["refused"] = str(why)
+            except Exception as error:
+                line["error"] = f"{type(error).__name__}: {error}"[:2000]
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
