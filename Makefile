@@ -46,7 +46,7 @@ LOCKS := $(if $(filter peer,$(EXTRA)),requirements/peer.txt,requirements/cpu.txt
 # Each lock is complete, so pip need not resolve; the peers' leaves CUDA to torch's own exact pins.
 NO_DEPS := $(if $(filter-out peer,$(EXTRA)),--no-deps)
 
-.PHONY: help setup test compare lint format peers lock python clean
+.PHONY: help setup test compare kernels lint format peers lock python clean
 
 help:  ## list the targets
 	@echo "make TARGET [EXTRA=cuda|tpu] [PYTHON=3.11|path] [ARGS=...]"
@@ -55,11 +55,14 @@ help:  ## list the targets
 setup: $(VENV)/.installed  ## make .venv/<python>[-EXTRA] from the locked dependencies
 	@echo "Ready: $(VENV)"
 
-test: $(VENV)/.installed  ## run the tests (ARGS="-m large" for those that fetch the big models)
+test: $(VENV)/.installed $(VENV)/compilers/.installed  ## run the tests (ARGS="-m large" for those that fetch the big models)
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 compare: $(VENV)/.installed  ## run every method on a real model: a table, a plot and a JSON
 	@$(BIN)/python -m experiments.compare $(ARGS)
+
+kernels: $(VENV)/.installed  ## run every kernel on this machine's accelerator: a table of ratios and a JSON
+	@$(BIN)/python -m experiments.kernels $(ARGS)
 
 lint: $(VENV)/.installed  ## check style and formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -92,6 +95,12 @@ $(VENV)/.installed: $(LOCKS) pyproject.toml
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# Compilers for TPUs and GPUs that are not here; only the tests' child processes see them.
+$(VENV)/compilers/.installed: requirements/compilers.txt | $(VENV)/.installed
+	@echo "Adding compilers for TPU and GPU to $(VENV): 400 MB to fetch"
+	@rm -rf $(@D) && $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(@D) -r $<
+	@touch $@
+
 # One universal lock: environment markers choose by Python and platform. The accelerators' locks
 # hold only what they add. CUDA wheels of the peers are left to torch, which pins them.
 COMPILE := .venv/lock/bin/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 \
@@ -109,4 +118,7 @@ lock:  ## resolve the dependencies anew into requirements/ (ARGS=--upgrade for n
 	@cp requirements/peer.txt .venv/lock/peer.txt 2>/dev/null || true
 	@$(COMPILE) --extra peer --output-file .venv/lock/peer.txt
 	@grep -vE '^(nvidia-|cuda-|triton)' .venv/lock/peer.txt > requirements/peer.txt
+	@cp requirements/cpu.txt .venv/lock/compilers.txt && cat requirements/compilers.txt >> .venv/lock/compilers.txt
+	@$(COMPILE) --extra compilers --output-file .venv/lock/compilers.txt
+	@grep -E '^(libtpu|jax-cuda13-p)' .venv/lock/compilers.txt > requirements/compilers.txt
 	@wc -l requirements/*.txt

@@ -13,9 +13,10 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kvjax import storage
-from kvjax.cache import KV, Layer, runs, starts, take, view
+from kvjax.cache import KV, Layer, extent, runs, starts, take, view
 from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Positions, Queries
+from pallas_kernels import AttentionForm, decode_attention, join
 
 _BLOCK = 256  # slots per step of a prompt's attention
 _NEVER = float(jnp.finfo(jnp.float32).min)  # logit of a slot that is not visible
@@ -36,10 +37,15 @@ def attend(
 ) -> Float[Array, "B T K G D"]:
     """Returns attention of T un-rotated queries over the slots; a row with no slot gives 0.
 
+    One query per row is that of the newest token, so that no slot is later: it runs in the
+    decode kernels. A row with pos < 0 is padding and gives 0.
+
     Cost: reads K and V of every slot once, 2·B·R·D elements (of the selected slots only, with a
     selection), and 4·B·T·G·R·D FLOPs.
     """
     q = _rotate_queries(kv, q, pos)
+    if q.shape[1] == 1:
+        return _attend_newest(kv, q[:, 0], pos, selection)[:, None]
     if selection is not None:
         return _attend_dense(kv.layer, q, pos, *_selected(kv, selection))
     keys, values = storage.read(kv.k), storage.read(kv.v)
@@ -49,6 +55,50 @@ def attend(
         heads = slice(run.head, run.head + run.n)
         out.append(_attend_dense(kv.layer, q[:, :, heads], pos, *_with_rotation(kv, part)))
     return jnp.concatenate(out, axis=2)
+
+
+def _attend_newest(kv: KV, q: Float[Array, "B K G D"], pos: Positions, selection: Selection | None) -> Array:
+    """Attends with one rotated query per row, by kernels that read the store as it is."""
+    mass = kv.mass
+    if kv.layer.window is not None:
+        mass = jnp.where(kv.pos > pos - kv.layer.window, mass, 0.0)
+    length = jnp.where(pos >= 0, extent(kv), 0)
+    if isinstance(kv.k, storage.Quantized):
+        return _attend_quantized(kv, q, mass, length, selection)
+    keys = kv.k if kv.rotated else rotate(kv.k, kv.pos, kv.layer.rope)
+    return _kernel(kv, q, (keys, kv.v), mass, length, selection, lse=False)
+
+
+def _kernel(
+    kv: KV, q: Array, rows: tuple, mass: Array, length: Array, selection: Selection | None, lse: bool
+):
+    """Calls the decode kernel, dense or sparse."""
+    form = AttentionForm(kv.slots, kv.layer.scale, kv.layer.softcap, lse)
+    if selection is None:
+        return decode_attention(q, *rows, mass, length, form=form)
+    from pallas_kernels.sparse_decode_attention import sparse_decode_attention
+
+    idx = jnp.where(length[..., None] > 0, selection.idx, -1)
+    return sparse_decode_attention(q, *rows, mass, idx, form=form, block=selection.block)
+
+
+def _attend_quantized(kv: KV, q: Array, mass: Array, length: Array, selection: Selection | None) -> Array:
+    """Attends over the codes and over the rings of recent rows, which override theirs, and joins the two."""
+    slot = kv.k.slot  # [B K W], the same for keys and values: they are written together
+    recent = (store.recent.reshape(q.shape[0], -1, q.shape[-1]) for store in (kv.k, kv.v))
+    batch, n_rows = jnp.arange(q.shape[0])[:, None, None], mass.shape[1]
+    ring_mass = jnp.where(slot < n_rows, mass[batch, jnp.minimum(slot, n_rows - 1)], 0.0)
+    if selection is not None:
+        block = (slot - starts(kv.slots)[None, :, None]) // selection.block
+        chosen = (block[..., None] == selection.idx[:, :, None]) & (selection.idx[:, :, None] >= 0)
+        ring_mass = jnp.where(chosen.any(-1), ring_mass, 0.0)
+    ring_mass = jnp.where(length[..., None] > 0, ring_mass, 0.0).reshape(q.shape[0], -1)
+    codes = _kernel(
+        kv, q, (kv.k.as_codes(), kv.v.as_codes()), mass.at[batch, slot].set(0.0, mode="drop"), length,
+        selection, lse=True,
+    )  # fmt: skip
+    form = AttentionForm((slot.shape[2],) * slot.shape[1], kv.layer.scale, kv.layer.softcap, lse=True)
+    return join([codes, decode_attention(q, *recent, ring_mass, form=form)])
 
 
 def weights(kv: KV, q: Queries, pos: Positions) -> Float[Array, "B G T R"]:
@@ -142,10 +192,7 @@ def _attend_dense(
     rows = jnp.moveaxis(q, 1, 3).reshape(batch, n_heads, group * length, size)
     when_q = jnp.tile(pos, (1, group))  # [B X], X = G·T
     slots = (keys, values, when, mass)
-    if length == 1:
-        _, total, out = _partial(layer, rows, when_q, *slots)
-    else:
-        _, total, out = _in_blocks(layer, rows, when_q, slots)
+    _, total, out = _in_blocks(layer, rows, when_q, slots)
     out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     out = out.reshape(batch, n_heads, group, length, size)
     return jnp.moveaxis(out, 3, 1).astype(q.dtype)

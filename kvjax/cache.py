@@ -29,6 +29,7 @@ __all__ = [
     "allocate",
     "append",
     "count",
+    "extent",
     "keep",
     "newest",
     "runs",
@@ -226,6 +227,15 @@ def count(kv: KV) -> Int[Array, "B K"]:
     """Counts the occupied slots of each head."""
     parts = [(view(kv.mass, run) > 0).sum(-1, dtype=jnp.int32) for run in runs(kv.slots)]
     return jnp.concatenate(parts, axis=1)
+
+
+def extent(kv: KV) -> Int[Array, "B K"]:
+    """Returns how many slots of each head may be occupied: none at or beyond it is.
+
+    Occupied slots lie below `fill`, except in a full head with a hole, whose last slot is occupied.
+    """
+    last = starts(kv.slots) + np.asarray(kv.slots, np.int32) - 1
+    return jnp.where(kv.mass[:, last] > 0, jnp.asarray(kv.slots, jnp.int32), kv.fill)
 
 
 def newest(kv: KV) -> Int[Array, "B K"]:

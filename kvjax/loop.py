@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache
-from kvjax.cache import KV
+from kvjax import cache, sharding
+from kvjax.cache import KV, Layer
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.methods.full import Full
@@ -47,15 +48,17 @@ class Program:
     config: ModelConfig
     dtype: Any
     methods: tuple[CacheMethod, ...]  # one per layer
+    mesh: Mesh | None = None  # devices that share the KV heads
 
     @classmethod
     def of(cls, model: Model, method: CacheMethod) -> "Program":
         """Returns the program of a model with a method."""
-        return cls(model.config, model.dtype, per_layer(method, model.config))
+        return cls(model.config, model.dtype, per_layer(method, model.config), model.mesh)
 
     def run(self, params: Any, *args: Any, **options: Any) -> tuple:
         """Applies the decoder."""
-        return Decoder(self.config, self.dtype).apply({"params": params}, *args, self.methods, **options)
+        decoder = Decoder(self.config, self.dtype, self.mesh)
+        return decoder.apply({"params": params}, *args, self.methods, **options)
 
 
 def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, "B T"]:
@@ -77,7 +80,8 @@ def init_state(model: Model, method: CacheMethod, batch: int, total: int, prompt
     """Makes an empty state that serves `total` tokens per row, `prompt` of them read at once.
 
     Raises:
-        ValueError: where total is larger than the model's context, or a budget is.
+        ValueError: where total is larger than the model's context, or a budget is; where the model
+            is spread over devices and the heads cannot be, see `sharding.check`.
     """
     context = model.config.context_length
     if not 0 < total <= context:
@@ -87,8 +91,24 @@ def init_state(model: Model, method: CacheMethod, batch: int, total: int, prompt
         if getattr(m, "budget", None) is not None and max(m.budgets(layer)) > context:
             raise ValueError(f"a budget is at most the context of {context} tokens, got {m.budgets(layer)}")
         slots = tuple(max(s, prompt) for s in m.slots(layer, total)) if m.evicts else m.slots(layer, total)
-        state.append(m.init(layer, batch, slots, model.dtype))
+        sharding.check(model.mesh, m, slots)
+        state.append(_init(m, layer, batch, slots, model.dtype, model.mesh))
     return tuple(state)
+
+
+def _init(
+    method: CacheMethod, layer: Layer, batch: int, slots: tuple[int, ...], dtype: Any, mesh: Mesh | None
+) -> KV:
+    """Makes the empty state of one layer, on each device its own part."""
+    if mesh is None:
+        return method.init(layer, batch, slots, dtype)
+    return _init_spread(method, layer, batch, slots, dtype, mesh)
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _init_spread(method, layer, batch, slots, dtype, mesh) -> KV:
+    kv = method.init(layer, batch, slots, dtype)
+    return jax.lax.with_sharding_constraint(kv, sharding.of_state(kv, mesh))
 
 
 def prefill(
@@ -140,18 +160,18 @@ def prefill(
         state = init_state(model, method, len(ids), total, ids.shape[1] if compress == "end" else 0)
     else:
         _check_room(state, methods, ids.shape[1])
-        state = _widen(state, methods, ids.shape[1]) if compress == "end" else state
+        state = _widen(state, program, ids.shape[1]) if compress == "end" else state
     seen = np.asarray(state[0].seen)[:, None]
     pos = np.where(ids >= 0, np.cumsum(ids >= 0, axis=1) - 1 + seen, -1).astype(np.int32)
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, start + chunk)
         if compress == "chunk":
-            state = _widen(state, methods, chunk)
+            state = _widen(state, program, chunk)
         logits, state, queries = _read(
             model.params, ids[:, part], pos[:, part], state, program=program, n_queries=n_queries
         )
         if compress == "chunk" or start + chunk == ids.shape[1]:
-            state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), methods)
+            state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), program)
     return logits[:, 0], state
 
 
@@ -160,15 +180,19 @@ def chunk_size(length: int, chunk: int) -> int:
     return min(chunk, max(16, 1 << (length - 1).bit_length()))
 
 
-def _widen(state: State, methods: Sequence[CacheMethod], extra: int) -> State:
+def _widen(state: State, program: Program, extra: int) -> State:
     """Gives evicting methods `extra` slots per head, and every store its full precision."""
-    return _each_layer(state, lambda i, kv: _widen_layer(kv, method=methods[i], extra=extra))
+    options = {"extra": extra, "mesh": program.mesh}
+    return _each_layer(state, lambda i, kv: _widen_layer(kv, method=program.methods[i], **options))
 
 
-@functools.partial(jax.jit, static_argnames=("method", "extra"))
-def _widen_layer(kv: KV, *, method: CacheMethod, extra: int) -> KV:
-    kv, idx = cache.widen(kv, tuple(s + extra * method.evicts for s in kv.slots))
-    return method.moved(kv, idx)
+@functools.partial(jax.jit, static_argnames=("method", "extra", "mesh"))
+def _widen_layer(kv: KV, *, method: CacheMethod, extra: int, mesh: Mesh | None) -> KV:
+    def step(method: CacheMethod, kv: KV) -> tuple[KV, None]:
+        kv, idx = cache.widen(kv, tuple(s + extra * method.evicts for s in kv.slots))
+        return method.moved(kv, idx), None
+
+    return sharding.over_heads(mesh, step, method, kv)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("program", "n_queries", "last_only"), donate_argnames="state")
@@ -184,15 +208,20 @@ def _each_layer(state: State, change: Callable[[int, KV], KV]) -> State:
     return tuple(change(i, old.pop()) for i in range(len(state)))
 
 
-def _compress_all(state: State, queries: Sequence, pos: Array, methods: Sequence[CacheMethod]) -> State:
+def _compress_all(state: State, queries: Sequence, pos: Array, program: Program) -> State:
     """Compresses every layer."""
-    return _each_layer(state, lambda i, kv: _compress(kv, queries[i], pos, method=methods[i]))
+    m, mesh = program.methods, program.mesh
+    return _each_layer(state, lambda i, kv: _compress(kv, queries[i], pos, method=m[i], mesh=mesh))
 
 
-@functools.partial(jax.jit, static_argnames="method")
-def _compress(kv: KV, q: Array, pos: Array, *, method: CacheMethod) -> KV:
+@functools.partial(jax.jit, static_argnames=("method", "mesh"))
+def _compress(kv: KV, q: Array, pos: Array, *, method: CacheMethod, mesh: Mesh | None) -> KV:
     """Compresses one layer; equal layers share one program."""
-    return method.compress(kv, q, pos)
+
+    def step(method: CacheMethod, kv: KV, q: Array, pos: Array) -> tuple[KV, None]:
+        return method.compress(kv, q, pos), None
+
+    return sharding.over_heads(mesh, step, method, kv, q, pos)[0]
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")

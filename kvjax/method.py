@@ -52,6 +52,7 @@ class CacheMethod(abc.ABC):
 
     rotated: ClassVar[bool] = True  # keys are stored rotated
     evicts: ClassVar[bool] = False  # compress removes or moves slots
+    couples_heads: ClassVar[bool] = False  # a verb looks at several KV heads of a layer together
     budget: Budget | None
 
     @property
@@ -80,6 +81,22 @@ class CacheMethod(abc.ABC):
                 raise ValueError(f"a budget table has one row per layer, got {len(table)} for {n_layers=}")
             return dataclasses.replace(self, budget=table[index])
         return self
+
+    def for_heads(self, n: int) -> "CacheMethod":
+        """Returns the method of n of a layer's KV heads, which are alike.
+
+        Raises:
+            ValueError: for a row of unequal budgets.
+        """
+        row = getattr(self, "budget", None)
+        if not isinstance(row, tuple):
+            return self
+        if len(set(row)) != 1:
+            raise ValueError(
+                f"heads that lie on different devices have equal budgets, got {row}: "
+                "give one budget per layer, or use one device"
+            )
+        return dataclasses.replace(self, budget=row[:n])
 
     def slots(self, layer: Layer, total: int) -> tuple[int, ...]:
         """Returns the capacity per KV head that serves `total` tokens: the budget if it evicts."""
@@ -165,6 +182,11 @@ class Chain(CacheMethod):
         return self.methods[0].evicts
 
     @property
+    def couples_heads(self) -> bool:  # type: ignore[override]
+        """Whether one of the methods does."""
+        return any(m.couples_heads for m in self.methods)
+
+    @property
     def n_queries(self) -> int:
         """The largest W of the methods."""
         return max(m.n_queries for m in self.methods)
@@ -172,6 +194,10 @@ class Chain(CacheMethod):
     def for_layer(self, index: int, n_layers: int) -> "Chain":
         """Returns the chain of one layer."""
         return Chain(tuple(m.for_layer(index, n_layers) for m in self.methods))
+
+    def for_heads(self, n: int) -> "Chain":
+        """Returns the chain of n neighbouring KV heads."""
+        return Chain(tuple(m.for_heads(n) for m in self.methods))
 
     def budgets(self, layer: Layer) -> tuple[int, ...]:
         """Returns the first method's budget."""

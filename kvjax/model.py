@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from kvjax.models.config import ModelConfig
@@ -19,13 +20,17 @@ __all__ = ["Model", "load"]
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder with its parameters; made by `kvjax.load`."""
+    """A decoder with its parameters; made by `kvjax.load`.
+
+    mesh: the devices that the parameters are spread over, see `kvjax.sharding`; None for one.
+    """
 
     name: str
     config: ModelConfig
     params: dict = field(repr=False)
     tokenizer: Tokenizer | None = field(repr=False)
     dtype: Any = jnp.float32
+    mesh: Mesh | None = field(default=None, repr=False)
 
     def logits(self, ids: Any) -> Float[Array, "B T V"]:
         """Returns the logits after every token of `ids` [B T] (or [T]), with the full cache.

@@ -17,8 +17,9 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from kvjax.shapes import Leaf, Packed, Slots
+from pallas_kernels import Codes
 
-__all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "write"]
+__all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "renumber", "write"]
 
 
 @struct.dataclass
@@ -35,6 +36,10 @@ class Quantized:
     block: int | None = struct.field(pytree_node=False)  # slots per key block; None = per token
     slots: tuple[int, ...] = struct.field(pytree_node=False)
 
+    def as_codes(self) -> Codes:
+        """Returns the codes as kernels read them, without the ring."""
+        return Codes(self.codes, self.scale, self.zero, self.bits, self.block)
+
 
 def read(store: Any) -> Float[Array, "B R D"]:
     """Returns every row in full precision. Empty rows hold anything."""
@@ -48,6 +53,14 @@ def read(store: Any) -> Float[Array, "B R D"]:
 def dtype(store: Any) -> jnp.dtype:
     """Returns the type of the rows that `read` gives."""
     return store.recent.dtype if isinstance(store, Quantized) else store.dtype
+
+
+def renumber(store: Any, first: Any, slots: tuple[int, ...]) -> Any:
+    """Returns a store of part of the heads, or one put back, whose rows count from the old row `first`."""
+    if not isinstance(store, Quantized):
+        return store
+    slot = jnp.where(store.slot < sum(store.slots), store.slot - first, sum(slots))
+    return store.replace(slot=slot.astype(jnp.int32), slots=slots)
 
 
 def write(store: Any, idx: Slots, x: Float[Array, "B K T D"], mass: Packed) -> Any:

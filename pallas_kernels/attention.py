@@ -1,6 +1,7 @@
 """What the attention ops share: their static form, and stores of integer codes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,16 @@ from jaxtyping import Array
 
 from pallas_kernels.backend import debug_check
 
-__all__ = ["AttentionForm", "Codes", "check_attention", "code_blocks", "decode_codes", "quantize", "starts"]
+__all__ = [
+    "AttentionForm",
+    "Codes",
+    "check_attention",
+    "code_blocks",
+    "decode_codes",
+    "join",
+    "quantize",
+    "starts",
+]
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,23 @@ def decode_codes(store: Any, slots: tuple[int, ...]) -> Array:
         x if store.block is None else x[:, code_blocks(slots, store.block)] for x in (store.scale, store.zero)
     )
     return codes.astype(jnp.float32) * scale.astype(jnp.float32) + zero.astype(jnp.float32)
+
+
+def join(parts: Sequence[tuple[Array, Array]]) -> Array:
+    """Joins attention over disjoint sets of slots, each given as its output and log-sum-exp.
+
+    Example:
+        >>> a, b = jnp.ones((1, 4)), jnp.zeros((1, 4))
+        >>> float(join([(a, jnp.zeros(1)), (b, jnp.full(1, -jnp.inf))])[0, 0])
+        1.0
+    """
+    lse = jnp.stack([part[1] for part in parts])
+    top = jnp.max(lse, axis=0)
+    weight = jnp.exp(lse - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = weight.sum(0)
+    weight = weight / jnp.where(total > 0, total, 1.0)
+    out = sum(w[..., None] * part[0].astype(jnp.float32) for w, part in zip(weight, parts, strict=True))
+    return out.astype(parts[0][0].dtype)
 
 
 def code_blocks(slots: tuple[int, ...], block: int) -> np.ndarray:

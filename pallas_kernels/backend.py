@@ -16,6 +16,7 @@ from jax.experimental import checkify, topologies
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 __all__ = [
     "Target",
@@ -23,10 +24,12 @@ __all__ = [
     "checked",
     "debug_check",
     "gpu_call",
+    "jax_decode_attention",
     "pl",
     "pltpu",
     "program_id",
     "races",
+    "splash_attention",
     "target",
     "topologies",
     "tpu_call",
@@ -82,7 +85,7 @@ def program_id(axis: int) -> jax.Array:
 
 def gpu_call(
     kernel: Callable[..., None],
-    *operands: jax.Array,
+    *operands: Any,
     grid: tuple[int, ...],
     out_shape: Any,
     warps: int = 4,
@@ -102,7 +105,7 @@ def gpu_call(
 
 def tpu_call(
     kernel: Callable[..., None],
-    *operands: jax.Array,
+    *operands: Any,
     grid_spec: pltpu.PrefetchScalarGridSpec,
     out_shape: Any,
     semantics: Sequence[str],
@@ -129,6 +132,13 @@ def races() -> bool:
     state = interpret_pallas_call.races
     pltpu.reset_tpu_interpret_mode_state()
     return state is not None and state.races_found
+
+
+def jax_decode_attention() -> Callable[..., jax.Array]:
+    """Returns JAX's own decode attention for GPUs, a peer: (q [B H D], k [B S K D], v) to [B H D]."""
+    from jax.experimental.pallas.ops.gpu import decode_attention  # deprecated with Triton
+
+    return decode_attention.gqa
 
 
 def checked(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ must match; of the rows that do, the one whose numbers are nearest, by their rat
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import json
@@ -18,11 +19,26 @@ import jax
 
 from pallas_kernels import backend
 
-__all__ = ["force", "path", "settings"]
+__all__ = ["force", "forget", "path", "settings", "watch"]
 
 Settings = TypeVar("Settings")
 
 _forced = jax.make_user_context(default_value=None)
+
+
+_watched: contextvars.ContextVar[dict[str, tuple[Any, dict]] | None] = contextvars.ContextVar(
+    "watched", default=None
+)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[dict[str, tuple[Any, dict]]]:
+    """Records, per op, which settings it took and for which key, as programs are traced."""
+    token = _watched.set({})
+    try:
+        yield _watched.get()
+    finally:
+        _watched.reset(token)
 
 
 @contextlib.contextmanager
@@ -45,13 +61,20 @@ def settings(op: str, default: Settings, **key: int | str) -> Settings:
         op: the op, or "op/part" for a kernel of its own inside an op.
         key: what the best settings depend on: numbers and words.
     """
+    chosen = default
     if _forced.value is not None and _forced.value[0] == op and type(_forced.value[1]) is type(default):
-        return _forced.value[1]
-    rows = [row for row in _rows(op, backend.target().device) if _matches(row["key"], key)]
-    if not rows:
-        return default
-    best = min(rows, key=lambda row: _distance(row["key"], key))
-    return dataclasses.replace(default, **best["settings"])
+        chosen = _forced.value[1]
+    elif rows := [row for row in _rows(op, backend.target().device) if _matches(row["key"], key)]:
+        best = min(rows, key=lambda row: _distance(row["key"], key))
+        chosen = dataclasses.replace(default, **best["settings"])
+    if (watched := _watched.get()) is not None:
+        watched[op] = (chosen, key)
+    return chosen
+
+
+def forget() -> None:
+    """Makes stored settings be read anew."""
+    _rows.cache_clear()
 
 
 @functools.cache

@@ -17,7 +17,9 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(backend, template="{% for m in messages %}<{{ m['content'] }}>{% endfor %}")
 
 
-def tiny(tokenizer: Tokenizer | None = None, windows=(None, None), context: int = 256) -> kvjax.Model:
+def tiny(
+    tokenizer: Tokenizer | None = None, windows=(None, None), context: int = 256, n_kv_heads: int = 2
+) -> kvjax.Model:
     """A random llama of 256 tokens, whose attention is far from uniform."""
     config = ModelConfig(
         family="llama",
@@ -25,8 +27,8 @@ def tiny(tokenizer: Tokenizer | None = None, windows=(None, None), context: int 
         width=32,
         ffn_width=48,
         n_layers=len(windows),
-        n_heads=4,
-        n_kv_heads=2,
+        n_heads=2 * n_kv_heads,
+        n_kv_heads=n_kv_heads,
         head_dim=8,
         context_length=context,
         rope=RopeConfig(),

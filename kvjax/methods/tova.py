@@ -30,6 +30,7 @@ class TOVA(CacheMethod):
 
     budget: Budget
     evicts: ClassVar[bool] = True
+    couples_heads: ClassVar[bool] = True
 
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
         """Keeps what the newest query attends to."""

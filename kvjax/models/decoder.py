@@ -4,6 +4,7 @@ One module for every family; what differs is in `ModelConfig`. The decoder calls
 cache methods and never asks which method it is.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from kvjax.cache import KV
 from kvjax.method import CacheMethod
 from kvjax.models.config import ModelConfig
 from kvjax.shapes import Positions, Queries, Tokens
+from kvjax.sharding import Mesh, over_heads
 
 __all__ = ["Decoder", "Record"]
 
@@ -64,6 +66,7 @@ class Attention(nn.Module):
     """Attends over the KV state of one layer, which it first gives the new tokens."""
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -79,13 +82,20 @@ class Attention(nn.Module):
         k, v = (y.reshape(batch, length, c.n_kv_heads, c.head_dim) for y in (k, v))
         if c.qk_norm:
             q, k = Norm(c.norm_eps, name="q_norm")(q), Norm(c.norm_eps, name="k_norm")(k)
-        kv, idx = cache.append(kv, k, v, pos)
-        kv = method.observe(kv, q, pos, idx)
-        out = attend(kv, q, pos, method.select(kv, q, pos))
-        if compress:
-            kv = method.compress(kv, q, pos)
+        step = functools.partial(_attend_layer, compress=compress)
+        kv, out = over_heads(self.mesh, step, method, kv, q, k, v, pos)
         out = Linear(c.width, c.o_bias, name="o")(out.reshape(batch, length, c.n_heads * c.head_dim))
         return out, kv, Record(q, k, v)
+
+
+def _attend_layer(
+    method: CacheMethod, kv: KV, q: Queries, k: Tokens, v: Tokens, pos: Positions, *, compress: bool
+) -> tuple[KV, Queries]:
+    """Does all that touches a layer's state: writes, attends, and lets the method compress."""
+    kv, idx = cache.append(kv, k, v, pos)
+    kv = method.observe(kv, q, pos, idx)
+    out = attend(kv, q, pos, method.select(kv, q, pos))
+    return method.compress(kv, q, pos) if compress else kv, out
 
 
 class FeedForward(nn.Module):
@@ -105,6 +115,7 @@ class Block(nn.Module):
     """One layer: attention and feed-forward, each with a residual."""
 
     config: ModelConfig
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -113,7 +124,7 @@ class Block(nn.Module):
         """Returns the layer's output, its new state, and what it attended with."""
         c = self.config
         y = Norm(c.norm_eps, name="attn_norm")(x)
-        y, kv, record = Attention(c, name="attn")(y, pos, kv, method, compress)
+        y, kv, record = Attention(c, self.mesh, name="attn")(y, pos, kv, method, compress)
         x = x + (Norm(c.norm_eps, name="post_attn_norm")(y) if c.post_norms else y)
         y = FeedForward(c, name="ffn")(Norm(c.norm_eps, name="ffn_norm")(x))
         return x + (Norm(c.norm_eps, name="post_ffn_norm")(y) if c.post_norms else y), kv, record
@@ -124,6 +135,7 @@ class Decoder(nn.Module):
 
     config: ModelConfig
     dtype: Any = jnp.float32
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
@@ -152,7 +164,7 @@ class Decoder(nn.Module):
         x = table[jnp.maximum(ids, 0)] * jnp.asarray(c.embed_scale, self.dtype)
         new_state, records = [], []
         for i in range(c.n_layers):
-            x, kv, record = Block(c, name=f"layer_{i}")(x, pos, state[i], methods[i], compress)
+            x, kv, record = Block(c, self.mesh, name=f"layer_{i}")(x, pos, state[i], methods[i], compress)
             new_state.append(kv)
             records.append(record)
         x = Norm(c.norm_eps, name="final_norm")(x[:, -1:] if last_only else x)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import AttentionForm, Codes, check_attention
+from pallas_kernels.attention import AttentionForm, check_attention
 from pallas_kernels.decode_attention import gpu, reference, tpu
 
 __all__ = ["decode_attention"]

@@ -7,78 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_cases import BUDGET, CASES, EVICTS, FORCED, MODELS, NEW, PROMPT, PROMPTS, run, settings
 
 import kvjax
 from kvjax import cache, loop, measure, storage
 from kvjax.method import CacheMethod
 from kvjax.methods import METHODS, make, per_layer
 from kvjax.model import Model
-from kvjax.models.config import ModelConfig, RopeConfig
-
-BUDGET, PROMPT, NEW = 48, 90, 12
-
-
-def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
-    """A random decoder whose attention is far from uniform."""
-    config = ModelConfig(
-        family="llama",
-        vocab_size=97,
-        width=32,
-        ffn_width=48,
-        n_layers=len(windows),
-        n_heads=n_kv_heads * group,
-        n_kv_heads=n_kv_heads,
-        head_dim=16,
-        context_length=512,
-        rope=RopeConfig(),
-        norm_eps=1e-5,
-        query_scale=0.25,
-        layer_windows=windows,
-    )
-    rng, params = np.random.default_rng(group), {}
-    for path, shape in config.param_shapes().items():
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        scale = 1.0 if leaf in ("scale", "embedding") else 1.5 / np.sqrt(shape[0])
-        node[leaf] = jnp.asarray(
-            rng.normal(1.0 if leaf == "scale" else 0.0, scale * (0.1 if leaf == "scale" else 1), shape),
-            jnp.float32,
-        )
-    return Model("tiny", config, params, None, jnp.dtype("float32"))
-
-
-MODELS = {"G2": tiny(2), "G1 with a window": tiny(1, windows=(24, None))}
-
-
-def settings(name: str, budget=BUDGET) -> dict:
-    """The settings under which a method is tested: its defaults at a budget."""
-    known = METHODS[name].__dataclass_fields__
-    return {k: v for k, v in {"budget": budget, "dense_layers": 0}.items() if k in known}
-
-
-CASES = {name: make(name, **settings(name)) for name in METHODS}
-CASES |= {
-    "snapkv+kivi4": kvjax.chain(make("snapkv", budget=BUDGET), make("kivi", bits=4)),
-    "knorm+quest": kvjax.chain(make("knorm", budget=BUDGET), make("quest", budget=32, dense_layers=0)),
-    "quest+kivi8": kvjax.chain(make("quest", budget=32, dense_layers=0), make("kivi", bits=8)),
-}
-EVICTS = [name for name, m in CASES.items() if m.evicts]
-RNG = np.random.default_rng(0)
-# No token twice: equal tokens have equal keys in the first layer, and rounding would choose between them.
-PROMPTS = np.stack([RNG.permutation(97)[:PROMPT] for _ in range(2)]).astype(np.int32)
-FORCED = RNG.integers(0, 97, (2, NEW)).astype(np.int32)
 
 every_method = pytest.mark.parametrize("name", CASES)
 every_model = pytest.mark.parametrize("model_name", MODELS)
-
-
-def run(model: Model, method: CacheMethod, ids=PROMPTS, forced=FORCED, **options):
-    """Prefills and decodes forced tokens; returns the logits of each step, and the state."""
-    first, state = kvjax.prefill(model, ids, method, room=forced.shape[1], **options)
-    _, last, state, kept = kvjax.decode(model, first, state, method, forced, keep_logits=True)
-    return np.concatenate([np.asarray(kept), np.asarray(last)[:, None]], axis=1), state
 
 
 @functools.cache
@@ -93,6 +31,20 @@ def test_output_is_finite_and_differs_between_inputs(name, model_name):
     logits, _ = usual(model_name, name)
     assert np.isfinite(logits).all()
     assert np.abs(logits[0] - logits[1]).max() > 0.1
+
+
+@every_method
+@every_model
+def test_no_occupied_slot_lies_beyond_the_extent(name, model_name):
+    model = MODELS[model_name]
+    _, state = kvjax.prefill(model, PROMPTS, CASES[name], room=NEW)
+    for step in range(NEW):
+        for kv in state:
+            mass, extent = np.asarray(kv.mass), np.asarray(cache.extent(kv))
+            for head, start in enumerate(cache.starts(kv.slots)):
+                for b in range(2):
+                    assert not mass[b, start + extent[b, head] : start + kv.slots[head]].any()
+        _, state = kvjax.decode_step(model, FORCED[:, step], state, CASES[name])
 
 
 @every_method

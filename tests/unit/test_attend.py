@@ -55,7 +55,8 @@ def make(rng, slots, layer, batch=2, *, rotated):
     pos = pack["when"].astype(jnp.int32)
     keys = rotate(pack["keys"], pos, ROPE) if rotated else pack["keys"]
     poison = {"k": jnp.where(empty, jnp.nan, keys), "v": jnp.where(empty, jnp.nan, pack["values"])}
-    return kv.replace(pos=pos, mass=pack["mass"], **poison), parts
+    fill = jnp.broadcast_to(jnp.asarray(slots, jnp.int32), kv.fill.shape)
+    return kv.replace(pos=pos, mass=pack["mass"], fill=fill, **poison), parts
 
 
 CASES = {
@@ -79,7 +80,7 @@ def test_attention_equals_loops(case, n_new, rotated, group):
     rng = np.random.default_rng(len(case) + n_new)
     kv, parts = make(rng, slots, layer, rotated=rotated)
     q = rng.normal(size=(2, n_new, 2, group, 8))
-    pos = rng.integers(4, max(slots), (2, n_new))
+    pos = rng.integers(4, max(slots), (2, n_new)) if n_new > 1 else np.array([[max(slots)], [max(slots) + 2]])
     expected = by_loops(layer, q, pos=pos, **parts)
     ours = np.asarray(attend(kv, jnp.asarray(q, jnp.float32), jnp.asarray(pos, jnp.int32)))
     error = np.linalg.norm(ours - expected, axis=-1) / (np.linalg.norm(expected, axis=-1) + 1e-3)

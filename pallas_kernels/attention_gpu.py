@@ -1,0 +1,225 @@
+"""What the attention kernels in Pallas Triton share: rows of a store, online softmax, the join of splits.
+
+Logits are in base 2. Arrays in Triton have sizes of powers of two: X pads G, E2 pads the channels.
+With 4-bit codes a row has two parts, the channels in the low and in the high halves of its bytes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import AttentionForm, Codes, starts
+from pallas_kernels.backend import gpu_call, pl, program_id, triton
+
+__all__ = [
+    "check",
+    "fold",
+    "join_splits",
+    "load_queries",
+    "load_rows",
+    "n_parts",
+    "nothing",
+    "part_queries",
+    "part_shapes",
+    "store_kind",
+    "store_split",
+]
+
+_LOWEST = -1e30  # below every logit, and finite: differences of two stay numbers
+_LOG2E = 1.4426950408889634
+
+
+def check(q: Any, k: Any, v: Any) -> None:
+    """Raises NotImplementedError for types and head sizes that the kernels do not take."""
+    if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the kernel takes float32, bfloat16 and float16, got {q.dtype=}")
+    if not 16 <= q.shape[-1] <= 256:
+        raise NotImplementedError(f"the kernel takes head sizes from 16 to 256, got D={q.shape[-1]}")
+    for store in (k, v):
+        if not isinstance(store, Codes) and store.dtype != q.dtype:
+            raise NotImplementedError(f"k and v have the type of q, got {store.dtype} for {q.dtype}")
+
+
+def store_kind(store: Any) -> str:
+    """Returns the word for a store's elements in keys of settings."""
+    return f"int{store.bits}" if isinstance(store, Codes) else str(store.dtype)
+
+
+def n_parts(store: Any) -> int:
+    """Returns how many channels a stored element holds."""
+    return 8 // store.bits if isinstance(store, Codes) else 1
+
+
+def part_queries(q: jax.Array, k: Any) -> jax.Array:
+    """Returns q as [B K G E parts]: the channels of one byte of k lie together."""
+    return q.reshape(*q.shape[:3], q.shape[3] // n_parts(k), n_parts(k))
+
+
+def part_shapes(q: Any, v: Any, n_splits: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns the shapes of what splits give: sums of weighted values, largest logits, sums of weights.
+
+    n_splits: of all heads together, I.
+    """
+    batch, _, group, size = q.shape
+    shape, parts = (batch, n_splits, group), n_parts(v)
+    return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in ((*shape, size // parts, parts), shape, shape))
+
+
+def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Array]:
+    """Loads the parts [X E2] of one head's queries."""
+    group, width, parts = q_ref.shape[2:]
+    g, e = jnp.arange(_lanes(group)), jnp.arange(_lanes(width))
+    mask = (g < group)[:, None] & (e < width)[None, :]
+    return [
+        triton.load(q_ref.at[batch, head, g[:, None], e[None, :], i], mask=mask, other=0)
+        for i in range(parts)
+    ]
+
+
+def load_rows(store: Any, part: int, place: tuple, alive: jax.Array, dtype: Any) -> jax.Array:
+    """Loads rows of a store as [P E2]: all its channels, or those in one half of its bytes.
+
+    place: batch row, packed rows [P], and the block of scales of all of them or of each [P].
+    alive: [P], rows to load.
+    """
+    batch, row, code_block = place
+    codes = store.codes if isinstance(store, Codes) else store
+    width = codes.shape[-1]
+    channel = jnp.arange(_lanes(width))
+    mask = alive[:, None] & (channel < width)[None, :]
+    x = triton.load(codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0)
+    if not isinstance(store, Codes):
+        return x
+    if store.bits == 4:
+        x = (x >> 4) if part else (x & 15)
+    channel = channel * n_parts(store) + part
+    if store.block is None:
+        at, mask = (batch, row, 0), alive
+    elif code_block.ndim:
+        at = (batch, code_block[:, None], channel[None, :])
+    else:
+        at, mask = (batch, code_block, channel), channel < n_parts(store) * width
+    scale, zero = (
+        triton.load(r.at[at], mask=mask, other=0).astype(jnp.float32) for r in (store.scale, store.zero)
+    )
+    if scale.ndim == 1:
+        axis = 1 if store.block is None else 0
+        scale, zero = jnp.expand_dims(scale, axis), jnp.expand_dims(zero, axis)
+    return (x.astype(jnp.float32) * scale + zero).astype(dtype)
+
+
+def nothing(out_ref: Any) -> tuple:
+    """Returns the state of softmax before the first tile: largest logit, sum of weights, parts of the sum."""
+    group, width, parts = out_ref.shape[2:]
+    rows = _lanes(group)
+    out = tuple(jnp.zeros((rows, _lanes(width)), jnp.float32) for _ in range(parts))
+    return jnp.full((rows,), _LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), out
+
+
+def fold(
+    state: tuple,
+    q: list[jax.Array],
+    keys: Callable[[int], jax.Array],
+    values: Callable[[int], jax.Array],
+    mass: jax.Array,
+    form: AttentionForm,
+    factor: float,
+) -> tuple:
+    """Takes one tile of P slots into the state of softmax.
+
+    keys, values: load a part of the rows [P E2]; values must load zeros where the mass is 0, since
+    such a slot may hold NaN.
+    """
+    top, total, out = state
+    dtype = q[0].dtype
+    logit = sum(_dot(part, keys(j).T, dtype) for j, part in enumerate(q)) * factor
+    if form.softcap is not None:  # tanh(x) = 1 - 2/(1 + exp 2x)
+        logit = form.softcap * (1 - 2 / (1 + jnp.exp2(logit * (2 * _LOG2E / form.softcap))))
+    logit = logit * _LOG2E + jnp.log2(jnp.maximum(mass, 1e-30))[None, :]
+    logit = jnp.where((mass > 0)[None, :], logit, _LOWEST)  # [X P]
+    new = jnp.maximum(top, jnp.max(logit, axis=1))
+    p = jnp.where((mass > 0)[None, :], jnp.exp2(logit - new[:, None]), 0.0)
+    old = jnp.exp2(top - new)
+    total = total * old + jnp.sum(p, axis=1)
+    out = tuple(part * old[:, None] + _dot(p.astype(dtype), values(j), dtype) for j, part in enumerate(out))
+    return new, total, out
+
+
+def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple) -> None:
+    """Stores the state of one split in the refs of `part_shapes`."""
+    out_ref, top_ref, total_ref = refs
+    group, width = out_ref.shape[2:4]
+    top, total, out = state
+    g, e = jnp.arange(_lanes(group)), jnp.arange(_lanes(width))
+    triton.store(top_ref.at[batch, item, g], top, mask=g < group)
+    triton.store(total_ref.at[batch, item, g], total, mask=g < group)
+    mask = (g < group)[:, None] & (e < width)[None, :]
+    for j, part in enumerate(out):
+        triton.store(out_ref.at[batch, item, g[:, None], e[None, :], j], part, mask=mask)
+
+
+def join_splits(parts: tuple, counts: np.ndarray, q: Any, name: str) -> tuple[jax.Array, jax.Array]:
+    """Returns the output [B K G D], of q's type, and the natural log-sum-exp [B K G].
+
+    parts: what the splits stored. counts: [K] splits of each head, which lie one after the other.
+    """
+    out, top, total = parts
+    n_most = int(counts.max())
+    spans = np.stack([starts(tuple(counts.tolist()))[:-1], counts], axis=1).astype(np.int32)
+    return gpu_call(
+        functools.partial(_join, n_most=n_most),
+        jnp.asarray(spans), out.reshape(*top.shape, q.shape[-1]), top, total,
+        grid=q.shape[:3],
+        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
+        warps=4, stages=1, name=f"{name}_join",
+    )  # fmt: skip
+
+
+def _join(
+    spans_ref,  # [K 2] first item of the head, number of items
+    part_ref,  # [B I G D] sums of weighted values
+    top_ref,  # [B I G]
+    total_ref,  # [B I G]
+    out_ref,  # [B K G D]
+    lse_ref,  # [B K G]
+    *,
+    n_most: int,
+):
+    """Joins the splits of one query head."""
+    batch, head, g = program_id(0), program_id(1), program_id(2)
+    first, n = spans_ref[head, 0], spans_ref[head, 1]
+    size = out_ref.shape[-1]
+    step_size, lanes = 16, _lanes(size)
+    item, d = jnp.arange(_lanes(n_most)), jnp.arange(lanes)
+    top = triton.load(top_ref.at[batch, first + item, g], mask=item < n, other=_LOWEST)
+    most = jnp.max(top, axis=0)
+    weight = jnp.exp2(top - most)
+    total = jnp.sum(
+        weight * triton.load(total_ref.at[batch, first + item, g], mask=item < n, other=0.0), axis=0
+    )
+
+    def step(i, out):
+        at = i * step_size + jnp.arange(step_size)
+        top = triton.load(top_ref.at[batch, first + at, g], mask=at < n, other=_LOWEST)
+        mask = (at < n)[:, None] & (d < size)[None, :]
+        part = triton.load(part_ref.at[batch, (first + at)[:, None], g, d[None, :]], mask=mask, other=0.0)
+        return out + jnp.sum(jnp.exp2(top - most)[:, None] * part, axis=0)
+
+    out = jax.lax.fori_loop(0, (n + step_size - 1) // step_size, step, jnp.zeros((lanes,), jnp.float32))
+    out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
+    triton.store(out_ref.at[batch, head, g, d], out.astype(out_ref.dtype), mask=d < size)
+    lse = jnp.where(total > 0, (most + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2E, -jnp.inf)
+    lse_ref[batch, head, g] = lse
+
+
+def _lanes(n: int) -> int:
+    return max(16, pl.next_power_of_2(n))
+
+
+def _dot(a, b, dtype):
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)

@@ -1,0 +1,23 @@
+"""The cases of spvmm that are tested, timed and tuned."""
+
+from pallas_kernels.op import Op
+from pallas_kernels.sparse_matvec import CASES, MatvecSpec
+from pallas_kernels.spvmm import gpu, spvmm
+
+__all__ = ["OP"]
+
+SPECS = tuple(MatvecSpec(*case) for case in CASES)
+
+
+def _candidates(spec: MatvecSpec) -> list[gpu.Settings]:
+    return [
+        gpu.Settings(columns, tile, programs, warps)
+        for columns in (32, 64, 128, 256, 512, 1024)
+        for tile in (4096, 8192, 16384, 32768)
+        for programs in (132, 264, 528, 1056, 2112)
+        for warps in (4, 8, 16)
+        if tile // columns >= 16
+    ]
+
+
+OP = Op(spvmm, SPECS, candidates=_candidates)

@@ -1,0 +1,73 @@
+"""Times ops on the device at hand: several input sets in one program, medians, inputs beyond the cache.
+
+Work is queued until it takes long enough that the host's share is small, and waited for once.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.op import Spec
+
+__all__ = ["copy_rate", "host_copy_rate", "input_sets", "race", "time_us"]
+
+_BEYOND_CACHE = 512 * 2**20  # bytes that all input sets hold together, at least: ten times an H100's L2
+_SPAN_S = 0.02  # one sample lasts at least this long
+
+
+def input_sets(spec: Spec, seed: int = 0, least: int = 4) -> list[dict[str, Any]]:
+    """Makes the inputs of several calls ("layers"), together larger than any cache."""
+    n = max(least, -(-_BEYOND_CACHE // max(spec.bytes(), 1)))
+    make = jax.jit(spec.arrays)
+    return [make(key) for key in jax.random.split(jax.random.key(seed), min(n, 32))]
+
+
+def race(
+    programs: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], samples: int = 15
+) -> dict[str, tuple[float, float]]:
+    """Returns, per program, the median time of one call in µs and the spread of the middle half.
+
+    The programs take turns, so that what drifts on the machine drifts for all.
+
+    Args:
+        programs: a function of one element, and the elements ("layers") that one program runs it on.
+    """
+    compiled, counts, times = {}, {}, {name: [] for name in programs}
+    for name, (run, sets) in programs.items():
+        compiled[name] = jax.jit(lambda sets, run=run: [run(x) for x in sets])
+        jax.block_until_ready(compiled[name](sets))
+        start = time.perf_counter()
+        jax.block_until_ready(compiled[name](sets))
+        counts[name] = max(1, round(_SPAN_S / (time.perf_counter() - start)))
+    for _ in range(samples):
+        for name, (_, sets) in programs.items():
+            start = time.perf_counter()
+            for _ in range(counts[name]):
+                out = compiled[name](sets)
+            jax.block_until_ready(out)
+            times[name].append((time.perf_counter() - start) / (counts[name] * len(sets)) * 1e6)
+    quarters = {name: statistics.quantiles(t, n=4) for name, t in times.items()}
+    return {name: (middle, high - low) for name, (low, middle, high) in quarters.items()}
+
+
+def time_us(run: Callable[..., Any], sets: Sequence[Any], samples: int = 15) -> float:
+    """Returns the median time of one call in µs."""
+    return race({"": (run, sets)}, samples)[""][0]
+
+
+def copy_rate(size: int = 2**30) -> float:
+    """Returns the rate of a device copy in bytes/s, counting bytes read and bytes written."""
+    x = [jnp.arange(size // 4, dtype=jnp.float32) + i for i in range(2)]
+    return 2 * size / (time_us(lambda x: x + 1.0, x) * 1e-6)
+
+
+def host_copy_rate(size: int = 2**28) -> float:
+    """Returns the rate of copies from pinned host memory to the device, in bytes/s."""
+    device = jax.devices()[0]
+    host = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+    x = [jax.device_put(jnp.arange(size // 4, dtype=jnp.float32) + i, host) for i in range(4)]
+    return size / (time_us(lambda x: jax.device_put(x, jax.memory.Space.Device), x) * 1e-6)

@@ -1,0 +1,88 @@
+"""The tuner and what reads its files, with a clock of our own."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from pallas_kernels import tune, tuning
+from pallas_kernels.backend import Target, aim
+from pallas_kernels.decode_attention import gpu
+from pallas_kernels.decode_attention.specs import OP, DecodeSpec
+
+SPEC = DecodeSpec(1, 4, 64, (64, 64), "float32")
+AT = Target("gpu", "Some GPU 80GB", "forward")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tuning, "path", lambda op, device: tmp_path / op / f"{device}.json")
+    monkeypatch.setattr(tune.tuning, "path", tuning.path)
+    monkeypatch.setattr(tune, "input_sets", lambda spec: [spec.arrays(jax.random.key(0))])
+    tuning.forget()
+    yield tmp_path
+    tuning.forget()
+
+
+def test_a_tuned_case_is_stored_and_taken_from_then_on(folder):
+    (folder / "decode_attention").mkdir()
+    tried = []
+
+    def clock(call, sets):
+        with tuning.watch() as asked:
+            jax.eval_shape(lambda x: call(x), sets[0])  # noqa: PLW0108  a new function is traced anew
+        chosen = asked["decode_attention"][0]
+        tried.append(chosen)
+        return abs(chosen.block - 128) + abs(chosen.warps - 8) + chosen.stages + chosen.programs / 1e4
+
+    with aim(AT):
+        row = tune.tune(OP, dataclasses.replace(SPEC, full=True), clock)
+        tune.store("decode_attention", AT.device, row)
+        assert row["settings"] == {"block": 128, "programs": 264, "warps": 8, "stages": 2}
+        assert row["time_us"] < row["default_us"]
+        assert len(set(tried)) == row["tried"] < len(list(OP.candidates(SPEC)))
+        with tuning.watch() as asked:
+            OP.call(**SPEC.arrays(jax.random.key(0)), **SPEC.options())
+        assert asked["decode_attention"][0] == gpu.Settings(**row["settings"])
+        tune.store("decode_attention", AT.device, row)
+    stored = json.loads((folder / "decode_attention" / f"{AT.device}.json").read_text())
+    assert len(stored["rows"]) == 1, "a case tuned again replaces its row"
+
+
+def test_the_nearest_case_is_taken_and_words_must_match(folder):
+    rows = [
+        {"key": {"dtype": "bfloat16", "rows": 1000}, "settings": {"block": 32}},
+        {"key": {"dtype": "bfloat16", "rows": 100000}, "settings": {"block": 128}},
+    ]
+    path = tuning.path("decode_attention", AT.device)
+    path.parent.mkdir()
+    path.write_text(json.dumps({"rows": rows}))
+    with aim(AT):
+        pick = lambda **key: tuning.settings("decode_attention", gpu.Settings(), **key).block  # noqa: E731
+        assert pick(dtype="bfloat16", rows=3000) == 32
+        assert pick(dtype="bfloat16", rows=30000) == 128
+        assert pick(dtype="float32", rows=1000) == gpu.Settings().block
+
+
+def test_where_there_is_nothing_to_tune_on_it_says_so(capsys):
+    assert tune.main([]) == 2
+    assert "tuned on a GPU or TPU, got platform 'cpu'" in capsys.readouterr().err
+
+
+def test_an_unknown_op_is_refused(capsys):
+    with aim(AT):
+        assert tune.main(["decode_attenton"]) == 2
+    assert "got ['decode_attenton']" in capsys.readouterr().err
+
+
+def test_settings_that_do_not_run_lose(folder):
+    def clock(call, sets):
+        with tuning.watch() as asked:
+            jax.eval_shape(lambda x: call(x), sets[0])  # noqa: PLW0108  a new function is traced anew
+        if asked["decode_attention"][0].block != 64:
+            raise NotImplementedError
+        return 1.0
+
+    with aim(AT):
+        assert tune.tune(OP, SPEC, clock)["settings"]["block"] == 64

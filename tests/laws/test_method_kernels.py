@@ -1,0 +1,22 @@
+"""Every method gives with kernels, interpreted, what it gives with the references."""
+
+import numpy as np
+import pytest
+from method_cases import CASES, FORCED, MODELS, run
+
+from pallas_kernels import dispatch
+from pallas_kernels.backend import Target, aim
+
+FEW = FORCED[:, :3]
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("name", CASES)
+def test_kernels_change_nothing(name, platform):
+    model = MODELS["G2"]
+    expected, _ = run(model, CASES[name], forced=FEW)
+    with aim(Target(platform, "interpreted", "forward")), dispatch.watch() as taken:
+        ours, _ = run(model, CASES[name], forced=FEW)
+    assert platform in taken.values()
+    assert "reference" not in taken.values()
+    np.testing.assert_allclose(ours, expected, atol=2e-4)
