@@ -89,7 +89,7 @@ def _interpreted(settings: Settings) -> Iterator[dict[str, Any]]:
         with backend.aim(backend.Target(settings.interpret, "interpreted", "forward")):
             out = op.call(**arrays, **spec.options(), impl=settings.interpret)
         expected = op.call(**arrays, **spec.options(), impl="reference")
-        error = op.error(out, expected, arrays)
+        error = op.error(out, expected, arrays | spec.options())
         yield {"name": op.name, "spec": spec.name, "error": error, "limit": spec.limit()}
 
 
@@ -118,7 +118,7 @@ def measure(op: Op, spec: Spec, rate: float, settings: Settings) -> Iterator[dic
         programs[peer.name] = (peer.run, [peer.prepare(x) for x in sets])
     times = timing.race(programs, settings.samples)
     expected = op.call(**sets[0], **spec.options(), impl="reference")
-    error = op.error(jax.jit(run)(sets[0]), expected, sets[0])
+    error = op.error(jax.jit(run)(sets[0]), expected, sets[0] | spec.options())
     if not error <= spec.limit():
         raise ValueError(
             f"{op.name} {spec.name} is wrong: error {error} above {spec.limit()}; it is not timed"

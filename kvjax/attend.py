@@ -1,27 +1,24 @@
-"""Attends over a KV state: the float32 reference, written from the equation.
+"""Attends over a KV state: one query per row by our kernels, a prompt's by a library's.
 
     out_t = Σ_s softmax_s(scale·q_t·k_s + log mass_s) v_s     over slots with pos_s <= pos_t
 
 Every head's slots are read in full, or, with a `Selection`, only those it lists.
 """
 
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from kvjax import storage
-from kvjax.cache import KV, Layer, extent, runs, starts, take, view
+from kvjax.cache import KV, extent, runs, starts, take, view
+from kvjax.prefill_attention import attend_prompt, logits
 from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Positions, Queries
-from pallas_kernels import AttentionForm, decode_attention, join
+from pallas_kernels import AttentionForm, decode_attention, join, sparse_decode_attention
 
-_BLOCK = 256  # slots per step of a prompt's attention
-_NEVER = float(jnp.finfo(jnp.float32).min)  # logit of a slot that is not visible
-
-__all__ = ["Selection", "attend", "precision", "weights"]
+__all__ = ["Selection", "attend", "weights"]
 
 
 @struct.dataclass
@@ -47,13 +44,13 @@ def attend(
     if q.shape[1] == 1:
         return _attend_newest(kv, q[:, 0], pos, selection)[:, None]
     if selection is not None:
-        return _attend_dense(kv.layer, q, pos, *_selected(kv, selection))
+        return attend_prompt(q, *_selected(kv, selection), pos, layer=kv.layer)
     keys, values = storage.read(kv.k), storage.read(kv.v)
     out = []
     for run in runs(kv.slots):
         part = (view(keys, run), view(values, run), view(kv.pos, run), view(kv.mass, run))
-        heads = slice(run.head, run.head + run.n)
-        out.append(_attend_dense(kv.layer, q[:, :, heads], pos, *_with_rotation(kv, part)))
+        heads = q[:, :, run.head : run.head + run.n]
+        out.append(attend_prompt(heads, *_with_rotation(kv, part), pos, layer=kv.layer))
     return jnp.concatenate(out, axis=2)
 
 
@@ -76,8 +73,6 @@ def _kernel(
     form = AttentionForm(kv.slots, kv.layer.scale, kv.layer.softcap, lse)
     if selection is None:
         return decode_attention(q, *rows, mass, length, form=form)
-    from pallas_kernels.sparse_decode_attention import sparse_decode_attention
-
     idx = jnp.where(length[..., None] > 0, selection.idx, -1)
     return sparse_decode_attention(q, *rows, mass, idx, form=form, block=selection.block)
 
@@ -117,15 +112,10 @@ def weights(kv: KV, q: Queries, pos: Positions) -> Float[Array, "B G T R"]:
             kv, (view(keys, run), None, view(kv.pos, run), view(kv.mass, run))
         )
         rows = jnp.moveaxis(q[:, :, run.head : run.head + run.n], 1, 3).reshape(batch, run.n, -1, size)
-        p = jax.nn.softmax(_logits(kv.layer, rows, jnp.tile(pos, (1, group)), key, when, mass), axis=-1)
+        p = jax.nn.softmax(logits(kv.layer, rows, jnp.tile(pos, (1, group)), key, when, mass), axis=-1)
         p = jnp.where(jnp.tile(pos >= 0, (1, group))[:, None, :, None], p, 0.0)
         out.append(jnp.moveaxis(p, 1, 2).reshape(batch, group, length, -1))
     return jnp.concatenate(out, axis=-1)
-
-
-def precision(dtype: Any) -> jax.lax.Precision | None:
-    """Keeps float32 products in float32 where hardware would round their factors."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _rotate_queries(kv: KV, q: Array, pos: Array) -> Array:
@@ -148,72 +138,3 @@ def _selected(kv: KV, selection: Selection) -> tuple:
     rows = (take(x, row) for x in (storage.read(kv.k), storage.read(kv.v), kv.pos, kv.mass))
     part = tuple(x.reshape(*shape, *x.shape[2:]) for x in rows)
     return _with_rotation(kv, part)
-
-
-def _logits(layer: Layer, q: Array, pos: Array, keys: Array, when: Array, mass: Array) -> Array:
-    """Returns masked logits [B K X S] in float32, X = queries of the group at their positions."""
-    exact = precision(q.dtype)
-    logit = jnp.einsum("bkxd,bksd->bkxs", q, keys, precision=exact, preferred_element_type=jnp.float32)
-    logit = logit * layer.scale
-    if layer.softcap is not None:
-        logit = layer.softcap * jnp.tanh(logit / layer.softcap)
-    visible = (mass > 0)[:, :, None, :] & (when[:, :, None, :] <= pos[:, None, :, None])
-    if layer.window is not None:
-        visible &= when[:, :, None, :] > pos[:, None, :, None] - layer.window
-    return jnp.where(visible, logit + jnp.log(jnp.where(mass > 0, mass, 1.0))[:, :, None, :], _NEVER)
-
-
-def _partial(
-    layer: Layer, q: Array, pos: Array, keys: Array, values: Array, when: Array, mass: Array
-) -> tuple:
-    """Returns the largest logit [B K X], the sum of weights [B K X] and the weighted values [B K X D]."""
-    logit = _logits(layer, q, pos, keys, when, mass)
-    top = jnp.max(logit, axis=-1)
-    p = jnp.where(logit > _NEVER, jnp.exp(logit - top[..., None]), 0.0)
-    values = jnp.where((mass > 0)[..., None], values, 0)  # an empty slot may hold NaN, and 0·NaN is NaN
-    exact = precision(values.dtype)
-    out = jnp.einsum(
-        "bkxs,bksd->bkxd", p.astype(values.dtype), values, precision=exact, preferred_element_type=jnp.float32
-    )
-    return top, p.sum(-1), out
-
-
-def _attend_dense(
-    layer: Layer,
-    q: Float[Array, "B T K G D"],
-    pos: Int[Array, "B T"],
-    keys: Float[Array, "B K S D"],
-    values: Float[Array, "B K S D"],
-    when: Int[Array, "B K S"],
-    mass: Float[Array, "B K S"],
-) -> Float[Array, "B T K G D"]:
-    """Attends with rotated queries over one dense view."""
-    batch, length, n_heads, group, size = q.shape
-    rows = jnp.moveaxis(q, 1, 3).reshape(batch, n_heads, group * length, size)
-    when_q = jnp.tile(pos, (1, group))  # [B X], X = G·T
-    slots = (keys, values, when, mass)
-    _, total, out = _in_blocks(layer, rows, when_q, slots)
-    out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
-    out = out.reshape(batch, n_heads, group, length, size)
-    return jnp.moveaxis(out, 3, 1).astype(q.dtype)
-
-
-def _in_blocks(layer: Layer, q: Array, pos: Array, slots: tuple) -> tuple:
-    """Joins `_partial` over blocks of slots, as far as slots are occupied."""
-    size = slots[3].shape[2]
-    block = min(_BLOCK, size)
-    used = jnp.max(jnp.where(slots[3] > 0, jnp.arange(1, size + 1), 0))
-
-    def step(i, carry):
-        top, total, out = carry
-        start = jnp.minimum(i * block, size - block)  # the last block may overlap the one before
-        part = [jax.lax.dynamic_slice_in_dim(x, start, block, axis=2) for x in slots]
-        part[3] = jnp.where(start + jnp.arange(block) >= i * block, part[3], 0.0)
-        new_top, new_total, new_out = _partial(layer, q, pos, *part)
-        joint = jnp.maximum(top, new_top)
-        old, new = jnp.exp(top - joint), jnp.exp(new_top - joint)
-        return joint, total * old + new_total * new, out * old[..., None] + new_out * new[..., None]
-
-    shape = q.shape[:3]
-    empty = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros((*shape, q.shape[3])))
-    return jax.lax.fori_loop(0, (used + block - 1) // block, step, empty)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -20,6 +19,7 @@ from kvjax import storage
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Packed, Positions, Slots, Tokens
+from pallas_kernels import select_topk
 from pallas_kernels.backend import debug_check
 
 __all__ = [
@@ -197,14 +197,15 @@ def keep(kv: KV, score: Packed, n_keep: Sequence[int], slots: Sequence[int]) -> 
     (-1 = empty), by which a method carries its own per-slot arrays along with `take`.
     """
     new, row = [], 0
-    valid = kv.mass > 0
-    ranked = jnp.where(valid, score, -jnp.inf)
+    lowest = jnp.finfo(jnp.float32).min  # a slot is kept before none, whatever its score
+    ranked = jnp.where(kv.mass > 0, jnp.maximum(score.astype(jnp.float32), lowest), -jnp.inf)
     for run in runs(kv.slots, n_keep, slots):
         size = slots[run.head]
         n = min(n_keep[run.head], size, run.size)
-        _, best = jax.lax.top_k(view(ranked, run), n)  # [B n_heads n]
-        alive = jnp.take_along_axis(view(valid, run), best, -1)
-        when = jnp.where(alive, jnp.take_along_axis(view(kv.pos, run), best, -1), jnp.iinfo(jnp.int32).max)
+        best = select_topk(view(ranked, run), n)  # [B n_heads n], -1 = none
+        alive = best >= 0
+        when = jnp.take_along_axis(view(kv.pos, run), jnp.maximum(best, 0), -1)
+        when = jnp.where(alive, when, jnp.iinfo(jnp.int32).max)
         order = jnp.argsort(when, axis=-1, stable=True)
         offset = run.row + jnp.arange(run.n)[None, :, None] * run.size
         old = jnp.where(alive, best + offset, -1)

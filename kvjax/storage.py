@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from kvjax.shapes import Leaf, Packed, Slots
 from pallas_kernels import Codes
+from pallas_kernels.backend import in_hbm
 
 __all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "renumber", "write"]
 
@@ -71,7 +72,7 @@ def write(store: Any, idx: Slots, x: Float[Array, "B K T D"], mass: Packed) -> A
     """
     batch = jnp.arange(idx.shape[0])[:, None, None]
     if not isinstance(store, Quantized):
-        return store.at[batch, idx].set(x.astype(store.dtype), mode="drop")
+        return in_hbm(store.at[batch, idx].set(x.astype(store.dtype), mode="drop"))
     if idx.shape[2] != 1:
         raise NotImplementedError(
             f"a quantised store takes one token at a time, got T={idx.shape[2]}: widen the cache first"

@@ -1,6 +1,31 @@
 """Kernels for attention over compressed caches, for GPU and TPU, each with a plain reference."""
 
 from pallas_kernels.attention import AttentionForm, Codes, join
+from pallas_kernels.block_bounds import block_bounds
+from pallas_kernels.bound_scores import bound_scores
+from pallas_kernels.chunked_similarity import chunked_similarity
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.select_topk import select_topk
+from pallas_kernels.sparse_decode_attention import sparse_decode_attention
+from pallas_kernels.spvmm import spvmm
+from pallas_kernels.union_topk import union_topk
+from pallas_kernels.vmmsp import vmmsp
+from pallas_kernels.vq_assign import vq_assign
+from pallas_kernels.vq_scores import vq_scores
 
-__all__ = ["AttentionForm", "Codes", "decode_attention", "join"]
+__all__ = [
+    "AttentionForm",
+    "Codes",
+    "block_bounds",
+    "bound_scores",
+    "chunked_similarity",
+    "decode_attention",
+    "join",
+    "select_topk",
+    "sparse_decode_attention",
+    "spvmm",
+    "union_topk",
+    "vmmsp",
+    "vq_assign",
+    "vq_scores",
+]

@@ -24,12 +24,13 @@ __all__ = [
     "checked",
     "debug_check",
     "gpu_call",
+    "in_hbm",
     "jax_decode_attention",
     "pl",
     "pltpu",
     "program_id",
     "races",
-    "splash_attention",
+    "splash_kernel",
     "target",
     "topologies",
     "tpu_call",
@@ -123,6 +124,25 @@ def tpu_call(
         return pl.pallas_call(kernel, interpret=races, **options)(*operands)
     params = pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes)
     return pl.pallas_call(kernel, compiler_params=params, **options)(*operands)
+
+
+def in_hbm(x: jax.Array) -> jax.Array:
+    """Returns x, held in a TPU's main memory: to change a few rows XLA would move all to VMEM and back."""
+    at = target()
+    if at.platform != "tpu" or at.interpret is not None:
+        return x
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
+
+
+def splash_kernel(mask: jax.Array, block_q: int, block_kv: int) -> Callable[..., jax.Array]:
+    """Returns JAX's splash attention over a mask [heads T S]: a function of scaled q, k and v [heads T|S D]."""
+    sizes = splash_attention.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv)
+    kernel = splash_attention.make_splash_mha_single_device(
+        mask, block_sizes=sizes, interpret=target().interpret is not None
+    )
+    # Under jit JAX makes an array of this flag, and then asks Python whether it is true.
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+    return kernel
 
 
 def races() -> bool:

@@ -49,7 +49,7 @@ class Op:
     """An op of the library.
 
     swaps: pairs of inputs that a test exchanges, and must then see fail.
-    error: distance of outputs from the reference's, given also the inputs.
+    error: distance of outputs from the reference's, given also inputs and options by parameter name.
     candidates: the settings that the tuner tries for a spec, one per implementation name.
     """
 

@@ -13,9 +13,7 @@ KV head's query heads share its pages, ranked by the largest bound in the group.
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
 from kvjax import cache, storage
@@ -24,6 +22,7 @@ from kvjax.cache import KV
 from kvjax.method import Budget, CacheMethod
 from kvjax.rope import rotate
 from kvjax.shapes import Positions, Queries, Slots
+from pallas_kernels import block_bounds, bound_scores, select_topk
 
 __all__ = ["Quest"]
 
@@ -55,10 +54,8 @@ class Quest(CacheMethod):
         """Makes all bounds anew."""
         if self.budget is None:
             return kv
-        rows, inside = storage.blocks(kv.slots, self.page)
-        keys = storage.read(kv.k)[:, np.where(inside, rows, 0)].astype(jnp.float32)  # [B N P D]
-        alive = ((kv.mass[:, np.where(inside, rows, 0)] > 0) & inside)[..., None]
-        return kv.replace(aux=_bounds(keys, alive, kv))
+        keys = storage.read(kv.k)
+        return kv.replace(aux=block_bounds(keys, kv.mass, slots=kv.slots, block=self.page))
 
     def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
         """Makes the bounds of the written pages anew: of one page per head in a decode step."""
@@ -89,26 +86,16 @@ class Quest(CacheMethod):
         wanted = [
             min(max(b // self.page, 1), n) for b, n in zip(self.budgets(kv.layer), n_pages, strict=True)
         ]
-        chosen, newest = [], cache.newest(kv)
+        bound = bound_scores(q, *kv.aux, n_blocks=n_pages)
+        chosen, here = [], cache.newest(kv) // self.page  # the page being written ranks highest
         for run in cache.runs(n_pages, wanted):
-            heads = slice(run.head, run.head + run.n)
-            bound = self._scores(kv, q[:, heads], run, newest[:, heads])
-            _, best = jax.lax.top_k(bound, wanted[run.head])
-            empty = jnp.take_along_axis(bound, best, -1) == -jnp.inf
-            best = jnp.where(empty, -1, best)
-            chosen.append(
-                jnp.pad(best, ((0, 0), (0, 0), (0, max(wanted) - wanted[run.head])), constant_values=-1)
-            )
-        return Selection(idx=jnp.concatenate(chosen, axis=1).astype(jnp.int32), block=self.page)
-
-    def _scores(self, kv: KV, q: Array, run: cache.Run, newest: Array) -> Array:
-        """Returns the bound of every page [B n N]; the page being written ranks highest."""
-        low, high = (cache.view(x, run)[:, :, None].astype(jnp.float32) for x in kv.aux)  # [B n 1 N D]
-        q = q[:, :, :, None].astype(jnp.float32)  # [B n G 1 D]
-        bound = jnp.maximum(q * low, q * high).sum(-1).max(2)
-        empty = low[:, :, 0, :, 0] > high[:, :, 0, :, 0]
-        here = jnp.arange(run.size) == newest[..., None] // self.page
-        return jnp.where(empty, -jnp.inf, jnp.where(here, jnp.inf, bound))
+            newest = here[:, run.head : run.head + run.n, None]
+            score = cache.view(bound, run)
+            score = jnp.where((jnp.arange(run.size) == newest) & (score > -jnp.inf), jnp.inf, score)
+            best = select_topk(score, wanted[run.head])
+            room = ((0, 0), (0, 0), (0, max(wanted) - wanted[run.head]))
+            chosen.append(jnp.pad(best, room, constant_values=-1))
+        return Selection(idx=jnp.concatenate(chosen, axis=1), block=self.page)
 
 
 def _bounds(keys: Array, alive: Array, kv: KV) -> tuple[Array, Array]:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax import cache
-from kvjax.attend import attend, precision
+from kvjax.attend import attend
 from kvjax.cache import KV
 from kvjax.method import CacheMethod
 from kvjax.models.config import ModelConfig
+from kvjax.prefill_attention import precision
 from kvjax.shapes import Positions, Queries, Tokens
 from kvjax.sharding import Mesh, over_heads
 

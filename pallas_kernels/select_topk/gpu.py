@@ -2,7 +2,7 @@
 
 Three launches, and one read of the scores from memory:
 
-    guess   one program per row bisects a sample for a key that, all but surely, k to 2k scores pass
+    guess   one program per row bisects a sample for a key that all but surely k scores pass, and few more
     keep    every part of every row writes the scores that pass it, in order, and how many
     choose  one program per row bisects its candidates for the k-th key, and writes their indices
 

@@ -7,6 +7,8 @@ from pallas_kernels.attention import AttentionForm, Codes, code_blocks, decode_c
 
 __all__ = ["run"]
 
+_RUN = 32  # rows in a tile of the smallest type
+
 
 def run(q, k, v, mass, idx, *, form: AttentionForm, block: int):
     """Returns the output [B K G D], and with form.lse the log-sum-exp [B K G]."""
@@ -47,15 +49,14 @@ def _take(x, at):
     """Returns rows of x [B R E] at [B K N P], on the device."""
     if jax.typeof(x).memory_space != jax.memory.Space.Host:
         return jax.vmap(lambda rows, i: rows[i])(x, at)
-    # XLA gathers from no host array, but reads slices of one: a run of rows that holds the block.
-    n = min(at.shape[-1], x.shape[1])
+    # XLA gathers from no host array, but reads slices of one, along one axis and (on TPU) in whole tiles.
+    flat = x.reshape(-1, x.shape[2])
+    n = min(-(-at.shape[3] // _RUN) * _RUN + _RUN, len(flat))
+    at = at + jnp.arange(len(at))[:, None, None, None] * x.shape[1]
 
-    def read(_, place):
-        batch, rows = place
-        first = jnp.clip(rows.min(), 0, x.shape[1] - n)
-        run = jax.lax.dynamic_slice(x, (batch, first, 0), (1, n, x.shape[2]))
-        return None, jax.device_put(run, jax.memory.Space.Device)[0, rows - first]
+    def read(_, rows):
+        first = jnp.minimum(rows[0] // _RUN * _RUN, len(flat) - n)
+        run = jax.lax.dynamic_slice(flat, (first, 0), (n, x.shape[2]))
+        return None, jax.device_put(run, jax.memory.Space.Device)[rows - first]
 
-    batch = jnp.broadcast_to(jnp.arange(len(at))[:, None, None], at.shape[:3]).reshape(-1)
-    out = jax.lax.scan(read, None, (batch, at.reshape(-1, at.shape[3])))[1]
-    return out.reshape(*at.shape, -1)
+    return jax.lax.scan(read, None, at.reshape(-1, at.shape[3]))[1].reshape(*at.shape, -1)

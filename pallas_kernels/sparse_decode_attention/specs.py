@@ -100,8 +100,9 @@ _TIMED = {"full": True, "uses": ("bench", "tune")}
 _LONG = (32768,) * 8
 
 SPECS = (
-    SparseSpec(2, 4, 64, (96, 96), 16, 3, "float32"),
+    SparseSpec(2, 4, 128, (96, 96), 16, 3, "float32"),
     SparseSpec(1, 4, 128, (200, 64, 16), 16, 5, "bfloat16"),  # a last block cut short; a head of one block
+    SparseSpec(1, 8, 256, (512, 256), 128, 3, "bfloat16"),
     SparseSpec(1, 3, 80, (160, 40), 8, 9, "float32"),
     SparseSpec(2, 1, 64, (64, 7), 1, 20, "float32"),  # single slots, MHA
     SparseSpec(1, 8, 128, (300, 40), 1, 150, "bfloat16"),

@@ -11,12 +11,11 @@ SPECS = tuple(MatvecSpec(*case) for case in CASES)
 
 def _candidates(spec: MatvecSpec) -> list[gpu.Settings]:
     return [
-        gpu.Settings(columns, tile, programs, warps)
+        gpu.Settings(columns, loads, programs, warps)
         for columns in (32, 64, 128, 256, 512, 1024)
-        for tile in (4096, 8192, 16384, 32768)
+        for loads in (2, 4, 8, 16)
         for programs in (132, 264, 528, 1056, 2112)
-        for warps in (4, 8, 16)
-        if tile // columns >= 16
+        for warps in (4, 8, 16, 32)
     ]
 
 

@@ -19,10 +19,10 @@ __all__ = ["Settings", "run"]
 
 @dataclass(frozen=True)
 class Settings:
-    """rows: of a program. tile: weights that it loads at a time."""
+    """rows: of a program. loads: of 16 bytes that a thread has under way."""
 
-    rows: int = 16
-    tile: int = 8192
+    rows: int = 4
+    loads: int = 4
     warps: int = 4
 
 
@@ -34,67 +34,100 @@ def run(x, gate, w_t, scale):
     """
     refuse(x, w_t, ("float32", "bfloat16", "float16"))
     batch, (n_rows, width) = x.shape[0], w_t.shape
+    default = Settings() if batch == 1 else Settings(rows=16, loads=8)
     key = {"dtype": w_t.dtype.name, "batch": batch, "rows": n_rows, "width": width}
-    chosen = tuning.settings("vmmsp", Settings(), **key)
-    kernel = functools.partial(_outputs, rows=chosen.rows, columns=chosen.tile // chosen.rows)
+    chosen = tuning.settings("vmmsp", default, **key)
+    rows = chosen.rows if batch == 1 else max(16, chosen.rows)  # of the tensor cores
+    columns = max(16, chosen.warps * 32 * (16 // w_t.dtype.itemsize) // rows)
     return gpu_call(
-        kernel, x, gate, w_t, scale,
-        grid=(pl.cdiv(n_rows, chosen.rows),),
+        functools.partial(_one if batch == 1 else _batch, rows=rows, columns=columns, loads=chosen.loads),
+        x, gate, w_t, scale,
+        grid=(pl.cdiv(n_rows, rows),),
         out_shape=jax.ShapeDtypeStruct(gate.shape, gate.dtype),
         warps=chosen.warps, name="vmmsp",
     )  # fmt: skip
 
 
-def _outputs(
+def _weights(w_ref, row, column, needed):
+    """Loads a tile [P C] of the weights, without the rows not needed."""
+    mask = needed[:, None] & (column < w_ref.shape[1])[None, :]
+    return triton.load(w_ref.at[row[:, None], column[None, :]], mask=mask, other=0)
+
+
+def _one(
+    x_ref,  # [1 M]
+    gate_ref,  # [1 F]
+    w_ref,  # [F M]
+    scale_ref,  # [F], or None
+    out_ref,  # [1 F]
+    *,
+    rows: int,  # P
+    columns: int,  # C, of one load
+    loads: int,
+):
+    """Computes one block of outputs of one batch row."""
+    width, n_rows = x_ref.shape[1], w_ref.shape[0]
+    row = program_id(0) * rows + jnp.arange(rows)
+    here = row < n_rows
+    gate = triton.load(gate_ref.at[0, row], mask=here, other=0)
+    needed = gate != 0
+
+    def place(i, j):
+        return (i * loads + j) * columns + jnp.arange(columns)
+
+    def inputs(i, j):  # as a tile: in the threads that need it
+        column = jnp.broadcast_to(place(i, j)[None, :], (rows, columns))
+        return triton.load(x_ref.at[0, column], mask=column < width, other=0).astype(jnp.float32)
+
+    def step(i, carry):  # uses what the step before loaded, and loads for the next one in its place
+        total, ws = carry
+        after = []
+        for j in range(loads):
+            total = total + inputs(i, j) * ws[j].astype(jnp.float32)
+            after.append(_weights(w_ref, row, place(i + 1, j), needed))
+        return total, after
+
+    total = jnp.zeros((rows, columns), jnp.float32)  # a thread's own
+    ws = [_weights(w_ref, row, place(0, j), needed) for j in range(loads)]
+    total, _ = jax.lax.fori_loop(0, pl.cdiv(width, columns * loads), step, (total, ws))
+    total = jnp.sum(total, axis=1)
+    if scale_ref is not None:
+        total = total * triton.load(scale_ref.at[row], mask=here, other=0)
+    out = jnp.where(gate != 0, gate.astype(jnp.float32) * total, 0.0)
+    triton.store(out_ref.at[0, row], out.astype(out_ref.dtype), mask=here)
+
+
+def _batch(
     x_ref,  # [B M]
     gate_ref,  # [B F]
     w_ref,  # [F M]
     scale_ref,  # [F], or None
     out_ref,  # [B F]
     *,
-    rows: int,
-    columns: int,
+    rows: int,  # P
+    columns: int,  # of one load
+    loads: int,
 ):
-    """Computes one block of outputs."""
+    """Computes one block of outputs of a batch, which the tensor cores want padded to 16."""
     (batch, width), n_rows, dtype = x_ref.shape, w_ref.shape[0], x_ref.dtype
     row, b = program_id(0) * rows + jnp.arange(rows), jnp.arange(16)
     here = row < n_rows
-    if batch == 1:
-        gate = triton.load(gate_ref.at[0, row], mask=here, other=0)
-        needed = gate != 0
-    else:
-        inside = (b < batch)[:, None] & here[None, :]
-        gate = triton.load(gate_ref.at[b[:, None], row[None, :]], mask=inside, other=0)  # [X P]
-        needed = jnp.max(jnp.where(gate != 0, 1, 0), axis=0) > 0
+    inside = (b < batch)[:, None] & here[None, :]
+    gate = triton.load(gate_ref.at[b[:, None], row[None, :]], mask=inside, other=0)  # [16 P]
+    needed = jnp.max(jnp.where(gate != 0, 1, 0), axis=0) > 0
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    columns = columns * loads
 
-    def weights(column):
-        mask = jnp.broadcast_to(needed[:, None], (rows, columns))
-        if width % columns:
-            mask = mask & (column < width)[None, :]
-        return triton.load(w_ref.at[row[:, None], column[None, :]], mask=mask, other=0)
-
-    def step_one(i, total):  # [P C]: each thread keeps its own sums
-        column = i * columns + jnp.arange(columns)
-        x = triton.load(x_ref.at[0, column], mask=column < width, other=0).astype(jnp.float32)
-        return total + x[None, :] * weights(column).astype(jnp.float32)
-
-    def step_batch(i, total):  # [X P]: the tensor cores take no fewer than 16 rows
+    def step(i, total):  # [16 P]
         column = i * columns + jnp.arange(columns)
         mask = (b < batch)[:, None] & (column < width)[None, :]
         x = triton.load(x_ref.at[b[:, None], column[None, :]], mask=mask, other=0)
-        exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-        w = weights(column).astype(dtype)
+        w = _weights(w_ref, row, column, needed).astype(dtype)
         return total + jnp.dot(x, w.T, precision=exact, preferred_element_type=jnp.float32)
 
-    step, shape = (step_one, (rows, columns)) if batch == 1 else (step_batch, (16, rows))
-    total = jax.lax.fori_loop(0, pl.cdiv(width, columns), step, jnp.zeros(shape, jnp.float32))
-    if batch == 1:
-        total = jnp.sum(total, axis=1)
+    total = jnp.zeros((16, rows), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(width, columns), step, total)
     if scale_ref is not None:
-        scale = triton.load(scale_ref.at[row], mask=here, other=0)
-        total = total * (scale if batch == 1 else scale[None, :])
+        total = total * triton.load(scale_ref.at[row], mask=here, other=0)[None, :]
     out = jnp.where(gate != 0, gate.astype(jnp.float32) * total, 0.0).astype(out_ref.dtype)
-    if batch == 1:
-        triton.store(out_ref.at[0, row], out, mask=here)
-    else:
-        triton.store(out_ref.at[b[:, None], row[None, :]], out, mask=inside)
+    triton.store(out_ref.at[b[:, None], row[None, :]], out, mask=inside)

@@ -11,11 +11,10 @@ SPECS = tuple(MatvecSpec(*case, gated=True) for case in CASES)
 
 def _candidates(spec: MatvecSpec) -> list[gpu.Settings]:
     return [
-        gpu.Settings(rows, tile, warps)
-        for rows in (4, 8, 16, 32, 64)
-        for tile in (4096, 8192, 16384, 32768)
-        for warps in (2, 4, 8)
-        if spec.batch == 1 or rows >= 16
+        gpu.Settings(rows, loads, warps)
+        for rows in ((2, 4, 8, 16, 32) if spec.batch == 1 else (16, 32, 64))
+        for loads in (2, 4, 8, 16)
+        for warps in (2, 4, 8, 16)
     ]
 
 

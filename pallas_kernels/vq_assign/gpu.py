@@ -65,7 +65,7 @@ def run(x, codebook):
 
 
 def _default(dtype, size: int) -> Settings:
-    """Returns settings that fit the registers and the 99 KiB of shared memory of the smaller chips."""
+    """Returns tiles that fit registers, which hold all operands in float32, and shared memory."""
     if dtype == jnp.float32:
         return Settings(vectors=64, codewords=64, warps=8)
     return Settings() if size <= 128 else Settings(vectors=64, codewords=64, warps=4)

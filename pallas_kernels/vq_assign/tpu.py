@@ -15,7 +15,7 @@ from pallas_kernels.backend import pl, pltpu, tpu_call
 __all__ = ["run"]
 
 _LANES = 128
-_VECTORS, _CODEWORDS = 512, 512
+_VECTORS, _CODEWORDS = 1024, 512
 
 
 def run(x, codebook):

@@ -21,7 +21,7 @@ def vq_scores(
     dtype: Any = jnp.float32,
     impl: str | None = None,
 ) -> Float[Array, "B K G S"] | Float[Array, "B K S"]:
-    """Returns q·codebook[code] for every query head and slot, -inf where a slot is empty.
+    """Returns q·codebook[code] for every query head and slot, -inf where there is none.
 
     Args:
         q: queries in the frame of the codebook: un-rotated, or times R_b for far keys.

@@ -41,7 +41,7 @@ def run(q, codebook, codes, *, reduce, dtype):
     for name, x in (("q", q), ("codebook", codebook)):
         if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
             raise NotImplementedError(
-                f"the kernel takes float32, bfloat16 and float16, got {name}.{x.dtype=}"
+                f"the kernel takes float32, bfloat16 and float16, got {name}.dtype={x.dtype}"
             )
     if size > 256 or group > _WIDEST:
         raise NotImplementedError(

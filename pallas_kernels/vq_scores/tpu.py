@@ -64,7 +64,7 @@ def _tables(q, codebook, reduce):
     )  # fmt: skip
     if reduce:
         table = table.max(0, keepdims=True)
-    table = jnp.pad(table, ((0, 0),) * 3 + ((0, -table.shape[3] % _LANES),))
+    table = jnp.pad(table, ((0, 0),) * 3 + ((0, -table.shape[3] % _LANES),), constant_values=-jnp.inf)
     group, batch, n_heads, n_codes = table.shape
     return table.reshape(group, batch * n_heads, n_codes // _LANES, _LANES).swapaxes(1, 2)
 

@@ -37,7 +37,7 @@ def test_kernel_equals_the_reference(op, spec, at):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), out) == jax.tree.map(
         lambda x: (x.shape, x.dtype), expected
     )
-    assert op.error(out, expected, arrays) <= spec.limit()
+    assert op.error(out, expected, arrays | spec.options()) <= spec.limit()
 
 
 @pytest.mark.parametrize(("op", "spec"), CASES)
@@ -45,7 +45,7 @@ def test_the_measure_fails_on_zeros(op, spec):
     arrays = inputs(spec)
     expected = op.call(**arrays, **spec.options(), impl="reference")
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
-    assert op.error(zeros, expected, arrays) > spec.limit()
+    assert op.error(zeros, expected, arrays | spec.options()) > spec.limit()
 
 
 @pytest.mark.parametrize(("op", "spec"), [case for case in CASES if case.values[0].swaps])
@@ -55,7 +55,7 @@ def test_the_measure_fails_on_swapped_inputs(op, spec):
     for a, b in op.swaps:
         if jax.tree.structure(arrays[a]) == jax.tree.structure(arrays[b]):
             swapped = op.call(**arrays | {a: arrays[b], b: arrays[a]}, **spec.options(), impl="reference")
-            assert op.error(swapped, expected, arrays) > spec.limit()
+            assert op.error(swapped, expected, arrays | spec.options()) > spec.limit()
 
 
 def test_spec_names_are_unique():

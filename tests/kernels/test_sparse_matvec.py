@@ -78,10 +78,10 @@ def test_batch_rows_do_not_meet(name, dtype):
 @pytest.mark.parametrize(
     ("name", "chosen"),
     [
-        ("spvmm", spvmm_gpu.Settings(columns=32, tile=4096, programs=1)),  # one span, written at once
-        ("spvmm", spvmm_gpu.Settings(columns=128, tile=2048, programs=64)),  # many
-        ("vmmsp", vmmsp_gpu.Settings(rows=4, tile=4096)),
-        ("vmmsp", vmmsp_gpu.Settings(rows=64, tile=4096)),
+        ("spvmm", spvmm_gpu.Settings(columns=32, loads=2, programs=1, warps=4)),  # one span, written at once
+        ("spvmm", spvmm_gpu.Settings(columns=1024, loads=1, programs=64, warps=1)),  # many
+        ("vmmsp", vmmsp_gpu.Settings(rows=4, loads=2, warps=1)),
+        ("vmmsp", vmmsp_gpu.Settings(rows=64, loads=3, warps=4)),
     ],
 )
 def test_settings_do_not_change_the_result(name, chosen):

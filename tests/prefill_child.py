@@ -1,0 +1,50 @@
+"""Compiles a prompt's attention for a described device and prints what was taken, a JSON line a case.
+
+Run by unit/test_prefill_attention.py, since some failures of these compilers end the process.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+from kvjax.cache import Layer
+from kvjax.models.config import RopeConfig
+from kvjax.prefill_attention import attend_prompt
+from pallas_kernels import dispatch
+from pallas_kernels.topology import Described
+
+CASES = {  # B T K G D S and what differs from bfloat16 without a soft cap
+    "long": ((1, 512, 8, 4, 128, 8192), {}),
+    "odd sizes": ((2, 16, 3, 3, 64, 100), {}),
+    "large heads": ((1, 64, 1, 4, 256, 1000), {}),
+    "soft cap": ((1, 64, 2, 2, 64, 256), {"softcap": 30.0}),
+    "float32": ((1, 64, 2, 2, 64, 256), {"dtype": jnp.float32}),
+}
+
+
+def shapes(batch, length, n_heads, group, size, n_slots, dtype) -> tuple:
+    s = jax.ShapeDtypeStruct
+    slots = (batch, n_heads, n_slots)
+    rows = s((*slots, size), dtype)
+    q, pos = s((batch, length, n_heads, group, size), dtype), s((batch, length), jnp.int32)
+    return q, rows, rows, s(slots, jnp.int32), s(slots, jnp.float32), pos
+
+
+def main(device: str) -> None:
+    cudnn.check_cudnn_version = lambda: 91200  # described devices have no cuDNN to ask; XLA needs none
+    at = Described(device)
+    for name, (sizes, options) in CASES.items():
+        dtype = options.pop("dtype", jnp.bfloat16)
+        layer = Layer(*sizes[2:5], RopeConfig(), 0.1, **options)
+        with at.compiling(), dispatch.watch() as taken:
+            run = jax.jit(lambda *args, layer=layer: attend_prompt(*args, layer=layer))
+            text = run.lower(*at.spread(shapes(*sizes, dtype))).compile().as_text()
+        kernels = [call for call in ("__cudnn$fmha", "tpu_custom_call") if call in text]
+        print(json.dumps({"name": name, "kernels": kernels} | taken), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
