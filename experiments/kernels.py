@@ -9,6 +9,7 @@ prints errors only: it times nothing.
 """
 
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,36 @@ from pallas_kernels.registry import ops
 __all__ = ["Settings", "claims", "main", "measure"]
 
 _MIB = 2**20
+_FIGURES = {
+    "fraction": lambda row: row["fraction"],
+    "speedup": lambda row: row["speedup"],
+    "time_ratio": lambda row: 1 / row["speedup"],
+    "over_floor": lambda row: 1 / row["fraction"],
+}
+_SPARSE = "sparse_decode_attention"
+_CLAIMS = (  # name, op, pattern of the cases, pattern of the peer, figure
+    ("decode_attention.copy_fraction_min", "decode_attention", r"\d-bfloat16$", "cudnn", "fraction"),
+    ("decode_attention.copy_fraction_64mb_min", "decode_attention", r"\d-bfloat16$", "cudnn", "fraction"),
+    ("decode_attention.vs_cudnn_min", "decode_attention", "", "cudnn", "speedup"),
+    ("decode_attention.vs_jax_op_min", "decode_attention", "", "jax_op", "speedup"),
+    ("decode_attention.ragged_time_ratio", "decode_attention", "", "uniform heads", "time_ratio"),
+    ("decode_attention.int8_time_ratio", "decode_attention", "-int8-", "bfloat16", "time_ratio"),
+    ("decode_attention.int4_time_ratio", "decode_attention", "-int4-", "bfloat16", "time_ratio"),
+    (_SPARSE + ".block_fraction", _SPARSE, r"^b8.*-p16x\d+-bfloat16$", "", "fraction"),
+    (_SPARSE + ".token_fraction", _SPARSE, r"^b8.*-p1x\d+-bfloat16$", "", "fraction"),
+    (_SPARSE + ".host_block_fraction", _SPARSE, "-p16x.*-host$", "", "fraction"),
+    (_SPARSE + ".host_token_fraction", _SPARSE, "-p1x.*-host$", "", "fraction"),
+    ("chunked_similarity.vs_read_k", "chunked_similarity", "^b8.*-c(64|256)-", "", "over_floor"),
+    ("vq_scores.vs_exact", "vq_scores", "-s131072-.*-to-float32$", "exact", "speedup"),
+    ("select_topk.vs_lax", "select_topk", "^64-s131072-top2048-normal", "lax", "speedup"),
+    ("sparse_matvec.speedup_50", "spvmm|vmmsp", "^b1-.*-z50-bfloat16$", "dense", "speedup"),
+    ("sparse_matvec.speedup_70", "spvmm|vmmsp", "^b1-.*-z70-bfloat16$", "dense", "speedup"),
+    ("sparse_matvec.time_ratio_0", "spvmm|vmmsp", "^b1-.*-z0-bfloat16$", "dense", "time_ratio"),
+)
+_SIZES = {  # bytes that a claim is about: more than, up to
+    "decode_attention.copy_fraction_min": (256 * _MIB, math.inf),
+    "decode_attention.copy_fraction_64mb_min": (64 * _MIB, 256 * _MIB),
+}
 _LINK = "host"  # the copy rate that a case in host memory is held against
 
 
@@ -136,39 +167,20 @@ def measure(op: Op, spec: Spec, rate: float, settings: Settings) -> Iterator[dic
 
 
 def claims(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the figures that README and docs quote, of the rows that are there."""
-    found: dict[str, list[float]] = {}
-
-    def note(name: str, value: float) -> None:
-        found.setdefault(name, []).append(value)
-
-    for row in rows:
-        name, spec, peer = row["name"], row["spec"], row["peer"]
-        if name == "decode_attention" and peer in ("cudnn", "jax_op"):
-            if row["bytes"] > 256 * _MIB:
-                note("decode_attention.copy_fraction_min", row["fraction"])
-            elif row["bytes"] > 64 * _MIB:
-                note("decode_attention.copy_fraction_64mb_min", row["fraction"])
-            note(f"decode_attention.vs_{peer}_min", row["speedup"])
-        elif name == "decode_attention" and peer:
-            kind = "ragged" if peer == "uniform heads" else "int8" if "int8" in spec else "int4"
-            note(f"decode_attention.{kind}_time_ratio", -1 / row["speedup"])
-        elif name == "sparse_decode_attention" and "int" not in spec and spec.startswith("b8"):
-            kind = ("host_" if "host" in spec else "") + ("token" if "-p1x" in spec else "block")
-            note(f"sparse_decode_attention.{kind}_fraction", row["fraction"])
-        elif name == "chunked_similarity":
-            note("chunked_similarity.vs_read_k", -1 / row["fraction"])
-        elif name == "vq_scores":
-            note("vq_scores.vs_exact", row["speedup"])
-        elif name == "select_topk" and peer:
-            note("select_topk.vs_lax", row["speedup"])
-        elif name in ("spvmm", "vmmsp") and peer and spec.startswith("b1-"):
-            zeros = next(part[1:] for part in spec.split("-") if part.startswith("z"))
-            if zeros == "0":
-                note("sparse_matvec.time_ratio_0", -1 / row["speedup"])
-            else:
-                note(f"sparse_matvec.speedup_{zeros}", row["speedup"])
-    return {name: abs(min(values)) for name, values in found.items()}  # the worst: ratios of time are negated
+    """Returns the figures that README and docs quote: the worst of the rows that each is about."""
+    found = {}
+    for claim, op, spec, peer, figure in _CLAIMS:
+        about = [
+            r
+            for r in rows
+            if re.fullmatch(op, r["name"]) and re.search(spec, r["spec"]) and re.search(peer, r["peer"])
+        ]
+        if claim in _SIZES:
+            about = [r for r in about if _SIZES[claim][0] < r["bytes"] <= _SIZES[claim][1]]
+        values = [_FIGURES[figure](row) for row in about]
+        if values:
+            found[claim] = max(values) if figure in ("time_ratio", "over_floor") else min(values)
+    return found
 
 
 def _table(rows: Sequence[Mapping[str, Any]], what: str) -> Table:

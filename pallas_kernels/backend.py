@@ -2,7 +2,7 @@
 
 GPU kernels are written in Pallas Triton, which JAX has marked as deprecated without a date; it is
 the one language that runs from T4 to H100 and takes operands in pinned host memory. The warning is
-silenced here, in `gpu_call`, and nowhere else.
+silenced here, and nowhere else.
 """
 
 import contextlib
@@ -98,8 +98,7 @@ def gpu_call(
     options = {"grid": grid, "out_shape": out_shape, "name": name}
     if at.interpret is not None:
         return pl.pallas_call(kernel, interpret=True, **options)(*operands)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*[Tt]riton.*", category=DeprecationWarning)
+    with _triton_is_deprecated():
         params = triton.CompilerParams(num_warps=warps, num_stages=stages)
         return pl.pallas_call(kernel, compiler_params=params, **options)(*operands)
 
@@ -156,9 +155,18 @@ def races() -> bool:
 
 def jax_decode_attention() -> Callable[..., jax.Array]:
     """Returns JAX's own decode attention for GPUs, a peer: (q [B H D], k [B S K D], v) to [B H D]."""
-    from jax.experimental.pallas.ops.gpu import decode_attention  # deprecated with Triton
+    with _triton_is_deprecated():
+        from jax.experimental.pallas.ops.gpu import decode_attention
 
     return decode_attention.gqa
+
+
+@contextlib.contextmanager
+def _triton_is_deprecated() -> Iterator[None]:
+    """Keeps JAX from saying so each time: we know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(triton|pallas.ops.gpu).*", category=DeprecationWarning)
+        yield
 
 
 def checked(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,89 @@
+"""The kernel benchmark: every claim has its rows, bad options are refused, and cases are checked here."""
+
+import math
+
+import jax.numpy as jnp
+import pytest
+
+from experiments import kernel_peers, kernels
+from pallas_kernels import timing
+from pallas_kernels.backend import Target, aim
+from pallas_kernels.decode_attention.specs import OP, DecodeSpec
+from pallas_kernels.registry import ops
+
+
+def rows(speedup=2.0, fraction=0.5):
+    """A row for every timed case and peer, as a run on a GPU would store."""
+    for name, op in ops().items():
+        for spec in op.specs:
+            if "bench" in spec.uses:
+                peers = kernel_peers.PEERS.get(name, lambda op, spec: ())(op, spec)
+                for peer in [p.name for p in peers] or [""]:
+                    yield {
+                        "name": name, "spec": spec.name, "peer": peer, "bytes": spec.bytes(),
+                        "fraction": fraction, "speedup": speedup,
+                    }  # fmt: skip
+
+
+def test_every_claim_is_about_some_case():
+    found = kernels.claims(list(rows()))
+    assert found.keys() == {name for name, *_ in kernels._CLAIMS}
+    assert found["decode_attention.copy_fraction_min"] == 0.5
+    assert found["decode_attention.int8_time_ratio"] == 0.5
+    assert found["chunked_similarity.vs_read_k"] == 2.0
+
+
+def test_a_claim_is_the_worst_of_its_rows():
+    both = [*rows(), *rows(speedup=0.25, fraction=0.1)]
+    found = kernels.claims(both)
+    assert found["select_topk.vs_lax"] == 0.25
+    assert found["sparse_matvec.time_ratio_0"] == 4.0
+    assert found["chunked_similarity.vs_read_k"] == 10.0
+
+
+def test_a_case_is_timed_against_its_peers_and_checked(monkeypatch):
+    spec = DecodeSpec(1, 4, 64, (64, 64), "float32", full=True, uses=("bench",))
+    monkeypatch.setattr(timing, "_BEYOND_CACHE", 2**16)
+    monkeypatch.setattr(timing, "_SPAN_S", 1e-4)
+    twice = kernel_peers.Peer("twice", lambda x: [OP.call(**x, **spec.options(), impl="reference")] * 2)
+    monkeypatch.setitem(kernel_peers.PEERS, "decode_attention", lambda op, spec: [twice])
+    settings = kernels.Settings(samples=3)
+    with aim(Target("gpu", "interpreted", "forward")):
+        (row,) = kernels.measure(OP, spec, 1e9, settings)
+    assert row["peer"] == "twice"
+    assert row["floor_us"] == pytest.approx(spec.bytes() / 1e3)
+    assert row["fraction"] == pytest.approx(row["floor_us"] / row["time_us"])
+    assert row["error"] <= spec.limit()
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    spec = DecodeSpec(1, 4, 64, (64, 64), "float32", full=True, uses=("bench",))
+    monkeypatch.setattr(timing, "_BEYOND_CACHE", 2**16)
+    monkeypatch.setattr(timing, "_SPAN_S", 1e-4)
+    monkeypatch.setattr(kernels, "PEERS", {})
+    wrong = type(OP)(lambda q, impl, **_: jnp.zeros_like(q) if impl != "reference" else q, OP.specs)
+    with aim(Target("gpu", "interpreted", "forward")), pytest.raises(ValueError, match="is wrong: error 1.0"):
+        list(kernels.measure(wrong, spec, 1e9, kernels.Settings(samples=3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "timed on a GPU or TPU, got platform 'cpu'"),
+        (["--ops", "decode"], r"got ['decode']"),
+        (["--interpret", "cuda"], "interpreted, got settings.interpret='cuda'"),
+    ],
+)
+def test_bad_options_are_refused(arguments, message, capsys):
+    assert kernels.main(arguments) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_cases_are_checked_by_interpreting(capsys):
+    assert kernels.main(["--ops", "spvmm", "--interpret", "gpu"]) == 0
+    assert "spvmm" in capsys.readouterr().out
+
+
+def test_the_copy_rate_is_that_of_both_ways(monkeypatch):
+    monkeypatch.setattr(timing, "_SPAN_S", 1e-4)
+    assert math.isfinite(timing.copy_rate(2**16)) and timing.copy_rate(2**16) > 0
