@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
+from experiments import decode_model
+from kvjax import loop
 from kvjax.cache import Layer
+from kvjax.methods.full import Full
 from kvjax.models.config import RopeConfig
 from kvjax.prefill_attention import attend_prompt
 from pallas_kernels import dispatch
@@ -33,15 +36,28 @@ def shapes(batch, length, n_heads, group, size, n_slots, dtype) -> tuple:
     return q, rows, rows, s(slots, jnp.int32), s(slots, jnp.float32), pos
 
 
+def whole_prompt(at: Described) -> str:
+    """The program that reads a chunk of a prompt: what is written to the cache is also read by XLA."""
+    model = decode_model.abstract("tiny", decode_model.config_of("tiny", 1))
+    state = jax.eval_shape(lambda: loop.init_state(model, Full(), 1, 256))
+    ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    params, ids, state = at.spread((model.params, ids, state))
+    program = loop.Program.of(model, Full())
+    return loop._read.lower(params, ids, ids, state, program=program).compile().as_text()
+
+
+def attention(at: Described, sizes: tuple, dtype=jnp.bfloat16, **options) -> str:
+    layer = Layer(*sizes[2:5], RopeConfig(), 0.1, **options)
+    run = jax.jit(lambda *args: attend_prompt(*args, layer=layer))
+    return run.lower(*at.spread(shapes(*sizes, dtype))).compile().as_text()
+
+
 def main(device: str) -> None:
     cudnn.check_cudnn_version = lambda: 91200  # described devices have no cuDNN to ask; XLA needs none
     at = Described(device)
-    for name, (sizes, options) in CASES.items():
-        dtype = options.pop("dtype", jnp.bfloat16)
-        layer = Layer(*sizes[2:5], RopeConfig(), 0.1, **options)
+    for name in ("whole prompt", *CASES):
         with at.compiling(), dispatch.watch() as taken:
-            run = jax.jit(lambda *args, layer=layer: attend_prompt(*args, layer=layer))
-            text = run.lower(*at.spread(shapes(*sizes, dtype))).compile().as_text()
+            text = attention(at, CASES[name][0], **CASES[name][1]) if name in CASES else whole_prompt(at)
         kernels = [call for call in ("__cudnn$fmha", "tpu_custom_call") if call in text]
         print(json.dumps({"name": name, "kernels": kernels} | taken), flush=True)
 

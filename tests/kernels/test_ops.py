@@ -1,5 +1,7 @@
 """Laws over every op and its test specs: the kernels, interpreted, give what the reference gives."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -21,41 +23,48 @@ TARGETS = {
 }
 
 
-def inputs(spec):
-    """Fresh inputs for every spec: the seed is its name."""
-    return spec.arrays(jax.random.key(sum(map(ord, spec.name))))
+# Interpreted kernels run once on little: compiling them is what takes time.
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def run(op, spec, arrays, impl):
+    call = jax.jit(lambda x: op.call(**x, **spec.options(), impl=impl), compiler_options=QUICKLY)
+    return jax.block_until_ready(call(arrays))
+
+
+@functools.lru_cache(4)
+def expected(op, spec):
+    """Fresh inputs for every spec, as the seed is its name, and what the reference makes of them."""
+    arrays = spec.arrays(jax.random.key(sum(map(ord, spec.name))))
+    return arrays, run(op, spec, arrays, "reference")
 
 
 @pytest.mark.parametrize("at", TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize(("op", "spec"), CASES)
 def test_kernel_equals_the_reference(op, spec, at):
-    arrays = inputs(spec)
-    expected = op.call(**arrays, **spec.options(), impl="reference")
+    arrays, reference = expected(op, spec)
     with aim(at):
-        out = op.call(**arrays, **spec.options(), impl=at.platform)
+        out = run(op, spec, arrays, at.platform)
     assert not backend.races()
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), out) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), expected
-    )
-    assert op.error(out, expected, arrays | spec.options()) <= spec.limit()
+    form = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert form(out) == form(reference)
+    assert op.error(out, reference, arrays | spec.options()) <= spec.limit()
 
 
 @pytest.mark.parametrize(("op", "spec"), CASES)
 def test_the_measure_fails_on_zeros(op, spec):
-    arrays = inputs(spec)
-    expected = op.call(**arrays, **spec.options(), impl="reference")
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), expected)
-    assert op.error(zeros, expected, arrays | spec.options()) > spec.limit()
+    arrays, reference = expected(op, spec)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), reference)
+    assert op.error(zeros, reference, arrays | spec.options()) > spec.limit()
 
 
 @pytest.mark.parametrize(("op", "spec"), [case for case in CASES if case.values[0].swaps])
 def test_the_measure_fails_on_swapped_inputs(op, spec):
-    arrays = inputs(spec)
-    expected = op.call(**arrays, **spec.options(), impl="reference")
+    arrays, reference = expected(op, spec)
     for a, b in op.swaps:
         if jax.tree.structure(arrays[a]) == jax.tree.structure(arrays[b]):
-            swapped = op.call(**arrays | {a: arrays[b], b: arrays[a]}, **spec.options(), impl="reference")
-            assert op.error(swapped, expected, arrays | spec.options()) > spec.limit()
+            swapped = run(op, spec, arrays | {a: arrays[b], b: arrays[a]}, "reference")
+            assert op.error(swapped, reference, arrays | spec.options()) > spec.limit()
 
 
 def test_spec_names_are_unique():

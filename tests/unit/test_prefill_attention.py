@@ -137,8 +137,8 @@ def test_without_cudnn_the_gpu_runs_in_blocks(monkeypatch):
 
 
 EXPECTED = {
-    "h100": ({"long": "gpu", "odd sizes": "gpu"}, "__cudnn$fmha"),
-    "v5e": ({"long": "tpu", "odd sizes": "tpu", "large heads": "tpu"}, "tpu_custom_call"),
+    "h100": ({"whole prompt": "gpu", "long": "gpu", "odd sizes": "gpu"}, "__cudnn$fmha"),
+    "v5e": (dict.fromkeys(("whole prompt", "long", "odd sizes", "large heads"), "tpu"), "tpu_custom_call"),
 }
 
 
@@ -152,7 +152,7 @@ def test_the_library_is_in_the_compiled_program(device):
     assert run.returncode == 0, run.stderr[-4000:]
     found = {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
     taken, kernel = EXPECTED[device]
-    assert len(found) == 5
+    assert len(found) == 6
     for name, line in found.items():
         assert line["prefill_attention"] == taken.get(name, "reference")
         assert line["kernels"] == ([kernel] if name in taken else [])
