@@ -5,7 +5,6 @@
 Every head's slots are read in full, or, with a `Selection`, only those it lists.
 """
 
-
 import jax
 import jax.numpy as jnp
 from flax import struct

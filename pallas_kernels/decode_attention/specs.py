@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tolerance
 from pallas_kernels.attention import AttentionForm, quantize
-from pallas_kernels.decode_attention import decode_attention, gpu
+from pallas_kernels.decode_attention import decode_attention, gpu, tpu
 from pallas_kernels.op import Op, Spec
 
 __all__ = ["OP", "DecodeSpec"]
@@ -71,7 +71,7 @@ class DecodeSpec(Spec):
 
 
 _EVEN = {size: (size,) * 8 for size in (4096, 8192, 32768, 131072)}
-_RAGGED = (163840, *(14043,) * 7)  # the same total as 8 heads of 32,768, the largest 5 times the mean
+_RAGGED = (163840, *(14043,) * 6, 14046)  # the same total as 8 heads of 32,768, the largest 5 times the mean
 _TIMED = {"full": True, "uses": ("bench", "tune")}
 
 SPECS = (
@@ -100,14 +100,15 @@ SPECS = (
 )
 
 
-def _candidates(spec: DecodeSpec) -> list[gpu.Settings]:
-    return [
+def _candidates(spec: DecodeSpec) -> list[gpu.Settings | tpu.Settings]:
+    on_gpu = [
         gpu.Settings(block, programs, warps, stages)
         for block in ((32,) if spec.bits < 16 else (32, 64, 128))
         for programs in (264, 528, 1056, 2112)
         for warps in (2, 4, 8)
         for stages in (2, 3, 4)
     ]
+    return [*on_gpu, *(tpu.Settings(block) for block in (1024, 2048, 4096, 8192))]
 
 
 OP = Op(decode_attention, SPECS, swaps=(("k", "v"),), candidates=_candidates)

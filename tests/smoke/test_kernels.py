@@ -62,7 +62,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(timing, "_SPAN_S", 1e-4)
     monkeypatch.setattr(kernels, "PEERS", {})
     wrong = type(OP)(lambda q, impl, **_: jnp.zeros_like(q) if impl != "reference" else q, OP.specs)
-    with aim(Target("gpu", "interpreted", "forward")), pytest.raises(ValueError, match="is wrong: error 1.0"):
+    with aim(Target("gpu", "interpreted", "forward")), pytest.raises(ValueError, match="is wrong: error 1"):
         list(kernels.measure(wrong, spec, 1e9, kernels.Settings(samples=3)))
 
 
@@ -86,4 +86,4 @@ def test_cases_are_checked_by_interpreting(capsys):
 
 def test_the_copy_rate_is_that_of_both_ways(monkeypatch):
     monkeypatch.setattr(timing, "_SPAN_S", 1e-4)
-    assert math.isfinite(timing.copy_rate(2**16)) and timing.copy_rate(2**16) > 0
+    assert 0 < timing.copy_rate(2**16) < math.inf
