@@ -40,6 +40,11 @@ def check(q: Any, k: Any, v: Any) -> None:
     if not 16 <= q.shape[-1] <= 256:
         raise NotImplementedError(f"the kernel takes head sizes from 16 to 256, got D={q.shape[-1]}")
     for store in (k, v):
+        rows = store.codes if isinstance(store, Codes) else store
+        if rows.size >= 2**31:
+            raise NotImplementedError(
+                f"the kernel addresses 2^31 elements, got {rows.shape} in one array: use fewer rows a batch"
+            )
         if not isinstance(store, Codes) and store.dtype != q.dtype:
             raise NotImplementedError(f"k and v have the type of q, got {store.dtype} for {q.dtype}")
 

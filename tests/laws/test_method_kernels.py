@@ -7,6 +7,7 @@ from method_cases import CASES, FORCED, MODELS, run
 from pallas_kernels import dispatch
 from pallas_kernels.backend import Target, aim
 
+pytestmark = pytest.mark.interpreted
 FEW = FORCED[:, :3]
 
 
@@ -17,6 +18,6 @@ def test_kernels_change_nothing(name, platform):
     expected, _ = run(model, CASES[name], forced=FEW)
     with aim(Target(platform, "interpreted", "forward")), dispatch.watch() as taken:
         ours, _ = run(model, CASES[name], forced=FEW)
-    assert platform in taken.values()
-    assert "reference" not in taken.values()
+    del taken["prefill_attention"]  # no library takes float32: its own test is elsewhere
+    assert set(taken.values()) == {platform}
     np.testing.assert_allclose(ours, expected, atol=2e-4)
