@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels.backend import Target, aim, checked
-from pallas_kernels.vq_assign import vq_assign
+from pallas_kernels.vq_assign import reference, vq_assign
 from pallas_kernels.vq_assign.specs import excess
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -41,7 +41,7 @@ def test_reference_equals_loops_in_float64(batch, heads, tokens, codes, size):
 def test_reference_in_parts_equals_one_part(monkeypatch):
     x, codebook = jnp.asarray(normal(0, 2, 2, 37, 8)), jnp.asarray(normal(1, 2, 20, 8))
     whole = vq_assign(x, codebook, impl="reference")
-    monkeypatch.setattr("pallas_kernels.vq_assign.reference._ELEMENTS", 10 * 2 * 2 * 20)
+    monkeypatch.setattr(reference, "_ELEMENTS", 10 * 2 * 2 * 20)
     np.testing.assert_array_equal(vq_assign(x, codebook, impl="reference"), whole)
 
 
