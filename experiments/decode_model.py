@@ -77,7 +77,7 @@ def occupied(state: State, n: int, seed: int) -> State:
     return tuple(_fill(kv, key, n) for kv, key in zip(state, keys, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0, keep_unused=True)  # else a second cache
 def _fill(kv: KV, key: jax.Array, n: int) -> KV:
     keys, values = (jax.random.normal(k, kv.k.shape, kv.k.dtype) for k in jax.random.split(key))
     slot = jnp.concatenate([jnp.arange(size, dtype=jnp.int32) for size in kv.slots])

@@ -11,7 +11,8 @@ prints errors only: it times nothing.
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from pallas_kernels import backend, timing
 from pallas_kernels.op import Op, Spec
 from pallas_kernels.registry import ops
 
-__all__ = ["Settings", "claims", "main", "measure"]
+__all__ = ["Case", "Settings", "claims", "main", "measure", "prepare"]
 
 _MIB = 2**20
 _FIGURES = {
@@ -125,31 +126,57 @@ def _interpreted(settings: Settings) -> Iterator[dict[str, Any]]:
 
 
 def _timed(settings: Settings) -> results.Results:
-    """Times what is not stored yet."""
+    """Times what is not stored yet: all programs are compiled first, side by side."""
     arguments = options.as_arguments(settings)
     stored = results.start("kernels", settings.seed, folder=settings.out, command=" ".join(
         ["python -m experiments.kernels", *arguments]))  # fmt: skip
     rates = {"device": timing.copy_rate(), _LINK: timing.host_copy_rate()}
     stored = stored.claim({f"copy_gb_per_s.{name}": rate / 1e9 for name, rate in rates.items()})
-    for op, spec in _chosen(settings, "bench"):
-        where = _LINK if getattr(spec, "host", False) else "device"
-        for row in measure(op, spec, rates[where], settings):
-            stored = stored.add({"name": op.name, "spec": spec.name, "peer": row.pop("peer")}, row)
+    with ThreadPoolExecutor(max_workers=8) as pool:  # each holds an input set
+        cases = [pool.submit(prepare, *case, settings.seed) for case in _chosen(settings, "bench")]
+    for case in (case.result() for case in cases):
+        where = _LINK if getattr(case.spec, "host", False) else "device"
+        for row in measure(case, rates[where], settings):
+            stored = stored.add({"name": case.op.name, "spec": case.spec.name, "peer": row.pop("peer")}, row)
         stored = stored.claim(claims(stored.rows))
     return stored
 
 
-def measure(op: Op, spec: Spec, rate: float, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yields one row for the kernel, or one per peer that it has."""
-    impl = backend.target().platform
-    run = lambda x: op.call(**x, **spec.options(), impl=impl)  # noqa: E731
-    sets = timing.input_sets(spec, settings.seed)
-    programs = {"": (run, sets)}
+@dataclass(frozen=True)
+class Case:
+    """A case ready to be timed: compiled programs of input sets, the kernel's under the name ""."""
+
+    op: Op
+    spec: Spec
+    n_sets: int
+    make: Callable[[jax.Array], Any]
+    reference: Callable[[Any], Any]
+    prepare: Mapping[str, Callable[[Any], Any]]  # makes a peer's inputs
+    programs: Mapping[str, Callable[[Any], Any]]
+
+
+def prepare(op: Op, spec: Spec, seed: int = 0) -> Case:
+    """Compiles a case and its peers."""
+    impl, n = backend.target().platform, timing.n_sets(spec)
+    key = jax.random.key(seed)
+    make = jax.jit(spec.arrays).lower(key).compile()
+    sample = make(key)  # arrays and not shapes, which do not tell host memory from the device's
+    run = lambda impl: lambda x: op.call(**x, **spec.options(), impl=impl)  # noqa: E731
+    preparers, programs = {}, {"": timing.layers(run(impl), [sample] * n)}
     for peer in PEERS.get(op.name, lambda op, spec: ())(op, spec):
-        programs[peer.name] = (peer.run, [peer.prepare(x) for x in sets])
-    times = timing.race(programs, settings.samples)
-    expected = op.call(**sets[0], **spec.options(), impl="reference")
-    error = op.error(jax.jit(run)(sets[0]), expected, sets[0] | spec.options())
+        preparers[peer.name] = jax.jit(peer.prepare).lower(sample).compile()
+        programs[peer.name] = timing.layers(peer.run, [preparers[peer.name](sample)] * n)
+    reference = jax.jit(run("reference")).lower(sample).compile()
+    return Case(op, spec, n, make, reference, preparers, programs)
+
+
+def measure(case: Case, rate: float, settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yields one row for the kernel, or one per peer that it has."""
+    op, spec = case.op, case.spec
+    sets = [case.make(key) for key in jax.random.split(jax.random.key(settings.seed), case.n_sets)]
+    inputs = {"": sets} | {name: [prepare(x) for x in sets] for name, prepare in case.prepare.items()}
+    times = timing.race({name: (run, inputs[name]) for name, run in case.programs.items()}, settings.samples)
+    error = op.error(case.programs[""](sets)[0], case.reference(sets[0]), sets[0] | spec.options())
     if not error <= spec.limit():
         raise ValueError(
             f"{op.name} {spec.name} is wrong: error {error} above {spec.limit()}; it is not timed"
@@ -157,8 +184,8 @@ def measure(op: Op, spec: Spec, rate: float, settings: Settings) -> Iterator[dic
     time, spread = times.pop("")
     floor = spec.bytes() / rate * 1e6
     own = {
-        "impl": impl, "bytes": spec.bytes(), "n_sets": len(sets), "time_us": time, "spread_us": spread,
-        "floor_us": floor, "fraction": floor / time, "error": error,
+        "impl": backend.target().platform, "bytes": spec.bytes(), "n_sets": len(sets), "time_us": time,
+        "spread_us": spread, "floor_us": floor, "fraction": floor / time, "error": error,
     }  # fmt: skip
     if not times:
         yield own | {"peer": "", "peer_us": None, "speedup": None}

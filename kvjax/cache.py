@@ -160,7 +160,8 @@ def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
     slot = kv.fill[:, :, None] + order[:, None, :]  # [B K T]
     room = slot < jnp.asarray(kv.slots)[None, :, None]
     debug_check(
-        jnp.all(room | ~valid[:, None, :]), "the KV cache overflows: allocate more slots or compress sooner"
+        lambda: jnp.all(room | ~valid[:, None, :]),
+        "the KV cache overflows: allocate more slots or compress sooner",
     )
     written = valid[:, None, :] & room
     idx = jnp.where(written, slot + starts(kv.slots)[None, :, None], rows)

@@ -56,12 +56,16 @@ class Sampling:
         """Returns the settings as traced values."""
         numbers = (self.temperature, self.top_k, self.top_p, self.min_p)
         stop = jnp.asarray(self.stop or (-1,), jnp.int32)
-        return Limits(*(jnp.float32(x) for x in numbers), stop=stop, key=jax.random.key(self.seed))
+        key = jax.random.key(self.seed)
+        return Limits(*(jnp.float32(x) for x in numbers), stop=stop, key=key, greedy=self.temperature == 0)
 
 
 @struct.dataclass
 class Limits:
-    """Sampling settings on the device."""
+    """Sampling settings on the device.
+
+    greedy is known when a program is compiled: to choose on the device would halt a GPU in every step.
+    """
 
     temperature: Leaf
     top_k: Leaf
@@ -69,6 +73,7 @@ class Limits:
     min_p: Leaf
     stop: Leaf  # [n] token ids
     key: Leaf
+    greedy: bool = struct.field(pytree_node=False)
 
 
 def sample(logits: Float[Array, "B V"], limits: Limits, step: Int[Array, ""]) -> Int[Array, " B"]:
@@ -77,8 +82,7 @@ def sample(logits: Float[Array, "B V"], limits: Limits, step: Int[Array, ""]) ->
     Limits apply in the order top-k, top-p, min-p to the distribution at the given temperature;
     the likeliest token always stays.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.lax.cond(limits.temperature > 0, lambda: _draw(logits, limits, step), lambda: greedy)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32) if limits.greedy else _draw(logits, limits, step)
 
 
 def _draw(logits: Array, limits: Limits, step: Array) -> Array:

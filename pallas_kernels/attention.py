@@ -119,7 +119,7 @@ def check_attention(q: Array, k: Any, v: Any, mass: Array, form: AttentionForm) 
             _check_scales(name, store, form.slots, size)
     if mass.shape != (batch, rows):
         raise ValueError(f"there is one mass per slot, {(batch, rows)}, got {mass.shape=}")
-    debug_check(jnp.all(mass >= 0), "a mass is a number of tokens: it is not negative and not NaN")
+    debug_check(lambda: jnp.all(mass >= 0), "a mass is a number of tokens: it is not negative and not NaN")
 
 
 def _check_scales(name: str, store: Codes, slots: tuple[int, ...], size: int) -> None:

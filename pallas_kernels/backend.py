@@ -37,8 +37,6 @@ __all__ = [
     "triton",
 ]
 
-debug_check = checkify.debug_check
-
 
 @dataclass(frozen=True)
 class Target:
@@ -54,6 +52,7 @@ class Target:
 
 
 _target = jax.make_user_context(default_value=None)  # part of the key of every compiled program
+_checking = jax.make_user_context(default_value=False)
 
 
 def target() -> Target:
@@ -173,12 +172,22 @@ def _triton_is_deprecated() -> Iterator[None]:
         yield
 
 
+def debug_check(condition: Callable[[], jax.Array], message: str) -> None:
+    """Checks a condition in functions that are `checked`.
+
+    Elsewhere it is not even traced: a check is an effect, and JAX dispatches programs with effects
+    in Python, which takes longer than an op.
+    """
+    if _checking.value:
+        checkify.debug_check(condition(), message)
+
+
 def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps fn so that its debug checks run and raise on the host, as a ValueError.
 
     Example:
         >>> def root(x):
-        ...     debug_check(x >= 0, "x is not negative")
+        ...     debug_check(lambda: x >= 0, "x is not negative")
         ...     return x**0.5
         >>> try:
         ...     checked(root)(-1.0)
@@ -189,7 +198,8 @@ def checked(fn: Callable[..., Any]) -> Callable[..., Any]:
     run = jax.jit(checkify.checkify(fn))
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        error, out = run(*args, **kwargs)
+        with _checking(True):
+            error, out = run(*args, **kwargs)
         checkify.check_error(error)
         return out
 

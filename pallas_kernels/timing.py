@@ -13,50 +13,63 @@ import jax.numpy as jnp
 
 from pallas_kernels.op import Spec
 
-__all__ = ["copy_rate", "host_copy_rate", "input_sets", "race", "time_us"]
+__all__ = ["copy_rate", "host_copy_rate", "input_sets", "layers", "n_sets", "race", "time_us"]
 
 _BEYOND_CACHE = 512 * 2**20  # bytes that all input sets hold together, at least: ten times an H100's L2
 _SPAN_S = 0.02  # one sample lasts at least this long
 
 
-def input_sets(spec: Spec, seed: int = 0, least: int = 4) -> list[dict[str, Any]]:
-    """Makes the inputs of several calls ("layers"), together larger than any cache."""
-    n = max(least, -(-_BEYOND_CACHE // max(spec.bytes(), 1)))
+def n_sets(spec: Spec) -> int:
+    """Returns how many input sets ("layers") are together larger than any cache."""
+    return min(32, max(4, -(-_BEYOND_CACHE // max(spec.bytes(), 1))))
+
+
+def input_sets(spec: Spec, seed: int = 0) -> list[dict[str, Any]]:
+    """Makes the inputs of several calls, together larger than any cache."""
     make = jax.jit(spec.arrays)
-    return [make(key) for key in jax.random.split(jax.random.key(seed), min(n, 32))]
+    return [make(key) for key in jax.random.split(jax.random.key(seed), n_sets(spec))]
+
+
+def layers(run: Callable[[Any], Any], sets: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
+    """Compiles a function of one input set into a program of several ("layers").
+
+    Args:
+        sets: the inputs, or their shapes.
+    """
+    layer = jax.jit(run)  # traced once, and not once per layer
+    return jax.jit(lambda sets: [layer(x) for x in sets]).lower(sets).compile()
 
 
 def race(
-    programs: Mapping[str, tuple[Callable[..., Any], Sequence[Any]]], samples: int = 15
+    programs: Mapping[str, tuple[Callable[[Sequence[Any]], Any], Sequence[Any]]], samples: int = 15
 ) -> dict[str, tuple[float, float]]:
     """Returns, per program, the median time of one call in µs and the spread of the middle half.
 
     The programs take turns, so that what drifts on the machine drifts for all.
 
     Args:
-        programs: a function of one element, and the elements ("layers") that one program runs it on.
+        programs: one made by `layers`, and the input sets that it runs on.
     """
-    compiled, counts, times = {}, {}, {name: [] for name in programs}
+    counts, times = {}, {name: [] for name in programs}
     for name, (run, sets) in programs.items():
-        compiled[name] = jax.jit(lambda sets, run=run: [run(x) for x in sets])
-        jax.block_until_ready(compiled[name](sets))
+        jax.block_until_ready(run(sets))
         start = time.perf_counter()
-        jax.block_until_ready(compiled[name](sets))
+        jax.block_until_ready(run(sets))
         counts[name] = max(1, round(_SPAN_S / (time.perf_counter() - start)))
     for _ in range(samples):
-        for name, (_, sets) in programs.items():
+        for name, (run, sets) in programs.items():
             start = time.perf_counter()
             for _ in range(counts[name]):
-                out = compiled[name](sets)
+                out = run(sets)
             jax.block_until_ready(out)
             times[name].append((time.perf_counter() - start) / (counts[name] * len(sets)) * 1e6)
     quarters = {name: statistics.quantiles(t, n=4) for name, t in times.items()}
     return {name: (middle, high - low) for name, (low, middle, high) in quarters.items()}
 
 
-def time_us(run: Callable[..., Any], sets: Sequence[Any], samples: int = 15) -> float:
+def time_us(run: Callable[[Any], Any], sets: Sequence[Any], samples: int = 15) -> float:
     """Returns the median time of one call in µs."""
-    return race({"": (run, sets)}, samples)[""][0]
+    return race({"": (layers(run, sets), sets)}, samples)[""][0]
 
 
 def copy_rate(size: int = 2**30) -> float:

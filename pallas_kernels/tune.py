@@ -10,8 +10,10 @@ Usage: python -m pallas_kernels.tune [OP ...]
 import dataclasses
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,15 +22,18 @@ import jax
 from pallas_kernels import backend, tuning
 from pallas_kernels.op import Op, Spec
 from pallas_kernels.registry import ops
-from pallas_kernels.timing import input_sets, time_us
+from pallas_kernels.timing import input_sets, layers, race
 
 __all__ = ["main", "search", "store", "tune"]
 
 
 def search(
-    candidates: Sequence[Any], start: Any, cost: Callable[[Any], float]
+    candidates: Sequence[Any], start: Any, costs: Callable[[Sequence[Any]], Sequence[float]]
 ) -> tuple[Any, dict[Any, float]]:
     """Returns the cheapest settings found by changing one field at a time, and the cost of all tried.
+
+    Args:
+        costs: returns what each of several settings costs.
 
     Example:
         >>> from collections import namedtuple
@@ -37,15 +42,16 @@ def search(
         ...     block: int
         ...     warps: int
         >>> space = [Settings(b, w) for b in (16, 32, 64) for w in (2, 4, 8)]
-        >>> best, tried = search(space, Settings(16, 2), lambda s: abs(s.block - 64) + abs(s.warps - 4))
+        >>> costs = lambda tried: [abs(s.block - 64) + abs(s.warps - 4) for s in tried]
+        >>> best, tried = search(space, Settings(16, 2), costs)
         >>> best, tried[best], len(tried)
         (Settings(block=64, warps=4), 0, 8)
     """
-    known = {start: cost(start)}
-    best = start
+    known, best = {}, start
     while True:
         near = [c for c in candidates if c not in known and _distance(c, best) == 1]
-        known |= {c: cost(c) for c in near}
+        near = near if known else [start, *near]
+        known |= dict(zip(near, costs(near), strict=True))
         cheapest = min(known, key=known.get)
         if cheapest == best or not near:
             return cheapest, known
@@ -56,13 +62,9 @@ def _distance(a: Any, b: Any) -> int:
     return sum(getattr(a, f.name) != getattr(b, f.name) for f in dataclasses.fields(a))
 
 
-def tune(op: Op, spec: Spec, clock: Callable[..., float] | None = None) -> dict[str, Any] | None:
-    """Returns the row to store for one case, or None where it has no settings to choose.
-
-    Args:
-        clock: measures a call on input sets, in µs; by default `timing.time_us`.
-    """
-    impl = backend.target().platform
+def tune(op: Op, spec: Spec, samples: int = 5) -> dict[str, Any] | None:
+    """Returns the row to store for one case, or None where it has no settings to choose."""
+    impl, at = backend.target().platform, backend.target()
     call = lambda x: op.call(**x, **spec.options(), impl=impl)  # noqa: E731
     with tuning.watch() as asked:
         jax.eval_shape(call, jax.eval_shape(spec.arrays, jax.random.key(0)))
@@ -71,16 +73,27 @@ def tune(op: Op, spec: Spec, clock: Callable[..., float] | None = None) -> dict[
         return None
     start, key = asked[op.name]
     sets = input_sets(spec)
-    clock = clock or (lambda run, sets: time_us(run, sets, samples=5))
 
-    def cost(chosen: Any) -> float:
+    def program(chosen: Any) -> Any:
+        """Compiles the case with these settings; None where they do not run."""
         try:
-            with tuning.force(op.name, chosen):
-                return clock(call, sets)
+            with backend.aim(at), tuning.force(op.name, chosen):
+                return layers(call, sets)
         except (jax.errors.JaxRuntimeError, NotImplementedError):  # too much shared memory, say
-            return float("inf")
+            return None
 
-    best, tried = search(candidates, start, cost)
+    def cost(run: Any) -> float:
+        try:
+            return race({"": (run, sets)}, samples)[""][0]
+        except jax.errors.JaxRuntimeError:
+            return math.inf
+
+    def costs(tried: Sequence[Any]) -> list[float]:
+        with ThreadPoolExecutor() as pool:  # compilers leave Python alone
+            programs = list(pool.map(program, tried))
+        return [math.inf if run is None else cost(run) for run in programs]
+
+    best, tried = search(candidates, start, costs)
     return {
         "key": key, "settings": dataclasses.asdict(best), "spec": spec.name, "time_us": round(tried[best], 2),
         "default_us": round(tried[start], 2), "tried": len(tried),

@@ -55,6 +55,6 @@ def block_bounds(
         )
     if mass.shape != k.shape[:2]:
         raise ValueError(f"there is one mass per slot, {k.shape[:2]}, got {mass.shape=}")
-    debug_check(jnp.all(mass >= 0), "a mass is a number of tokens: it is not negative and not NaN")
+    debug_check(lambda: jnp.all(mass >= 0), "a mass is a number of tokens: it is not negative and not NaN")
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     return dispatch.run("block_bounds", impl, impls, k, mass, slots=slots, block=block)

@@ -70,7 +70,7 @@ def chunked_similarity(
         )
     if mass.shape != k.shape[:2]:
         raise ValueError(f"there is one mass per slot, {k.shape[:2]}, got {mass.shape=}")
-    debug_check(jnp.all(mass >= 0), "a mass is a number of tokens: it is not negative and not NaN")
+    debug_check(lambda: jnp.all(mass >= 0), "a mass is a number of tokens: it is not negative and not NaN")
     chunk = min(chunk, max(stride, *slots))
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     options = {"slots": slots, "chunk": chunk, "stride": stride, "kind": kind}

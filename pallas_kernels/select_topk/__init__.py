@@ -37,6 +37,6 @@ def select_topk(scores: Float[Array, "*rows S"], k: int, *, impl: str | None = N
     """
     if not 1 <= k <= scores.shape[-1]:
         raise ValueError(f"a row has from 1 to S choices, got {k=} for {scores.shape=}: lower k")
-    debug_check(~jnp.any(jnp.isnan(scores)), "a score is a number or infinite, not NaN")
+    debug_check(lambda: ~jnp.any(jnp.isnan(scores)), "a score is a number or infinite, not NaN")
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     return dispatch.run("select_topk", impl, impls, scores, k=k)

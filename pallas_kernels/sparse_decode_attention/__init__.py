@@ -72,7 +72,8 @@ def sparse_decode_attention(
             raise ValueError(f"only k and v may lie in host memory, got {name} there: put it on the device")
     n_blocks = jnp.asarray([-(-size // block) for size in form.slots], jnp.int32)
     debug_check(
-        jnp.all((idx >= -1) & (idx < n_blocks[:, None])), "an index is a block of its head, or -1 for none"
+        lambda: jnp.all((idx >= -1) & (idx < n_blocks[:, None])),
+        "an index is a block of its head, or -1 for none",
     )
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     idx = idx.astype(jnp.int32)

@@ -47,6 +47,6 @@ def union_topk(
     limit = min(group * k, size) if limit is None else limit
     if not 1 <= limit <= size:
         raise ValueError(f"a union has from 1 to S members, got {limit=} for {scores.shape=}: lower limit")
-    debug_check(~jnp.any(jnp.isnan(scores)), "a score is a number or infinite, not NaN")
+    debug_check(lambda: ~jnp.any(jnp.isnan(scores)), "a score is a number or infinite, not NaN")
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     return dispatch.run("union_topk", impl, impls, scores, k=k, limit=limit)

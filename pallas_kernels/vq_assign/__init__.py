@@ -44,6 +44,6 @@ def vq_assign(
         )
     if not 1 <= n_codes <= 2**15:
         raise ValueError(f"codes are int16, so a codebook has 1 to 32,768 codewords, got C={n_codes}")
-    debug_check(jnp.all(jnp.isfinite(codebook)), "codewords are finite")
+    debug_check(lambda: jnp.all(jnp.isfinite(codebook)), "codewords are finite")
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     return dispatch.run("vq_assign", impl, impls, x, codebook)

@@ -62,7 +62,7 @@ def vq_scores(
         raise ValueError(f'reduce is None or "max", got {reduce=}')
     if jnp.dtype(dtype).name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"scores are float32, bfloat16 or float16, got {jnp.dtype(dtype)}")
-    debug_check(jnp.all(codes < n_codes), "a code is the index of a codeword")
+    debug_check(lambda: jnp.all(codes < n_codes), "a code is the index of a codeword")
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     options = {"reduce": reduce, "dtype": jnp.dtype(dtype)}
     return dispatch.run("vq_scores", impl, impls, q, codebook, codes, **options)

@@ -67,6 +67,13 @@ def test_the_measure_fails_on_swapped_inputs(op, spec):
             assert op.error(swapped, reference, arrays | spec.options()) > spec.limit()
 
 
+@pytest.mark.parametrize("op", ops().values(), ids=ops())
+def test_debug_checks_cost_nothing_outside_of_debug(op):
+    spec = op.specs[0]  # an effect would make JAX dispatch the program in Python, 100 us an input
+    traced = jax.make_jaxpr(lambda x: op.call(**x, **spec.options()))
+    assert not traced(jax.eval_shape(spec.arrays, jax.random.key(0))).effects
+
+
 def test_spec_names_are_unique():
     for op in ops().values():
         assert len({spec.name for spec in op.specs}) == len(op.specs)

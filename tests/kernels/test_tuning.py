@@ -25,19 +25,29 @@ def folder(tmp_path, monkeypatch):
     tuning.forget()
 
 
-def test_a_tuned_case_is_stored_and_taken_from_then_on(folder):
+def clock(monkeypatch, cost):
+    """Replaces compiling and timing: a program is the settings that it was traced with."""
+
+    def traced(call, sets):
+        with tuning.watch() as asked:
+            jax.eval_shape(lambda x: call(x), sets[0])  # noqa: PLW0108  a new function is traced anew
+        return asked["decode_attention"][0]
+
+    monkeypatch.setattr(tune, "layers", traced)
+    monkeypatch.setattr(tune, "race", lambda programs, samples: {"": (cost(programs[""][0]), 0.0)})
+
+
+def test_a_tuned_case_is_stored_and_taken_from_then_on(folder, monkeypatch):
     (folder / "decode_attention").mkdir()
     tried = []
 
-    def clock(call, sets):
-        with tuning.watch() as asked:
-            jax.eval_shape(lambda x: call(x), sets[0])  # noqa: PLW0108  a new function is traced anew
-        chosen = asked["decode_attention"][0]
+    def cost(chosen):
         tried.append(chosen)
         return abs(chosen.block - 128) + abs(chosen.warps - 8) + chosen.stages + chosen.programs / 1e4
 
+    clock(monkeypatch, cost)
     with aim(AT):
-        row = tune.tune(OP, dataclasses.replace(SPEC, full=True), clock)
+        row = tune.tune(OP, dataclasses.replace(SPEC, full=True))
         tune.store("decode_attention", AT.device, row)
         assert row["settings"] == {"block": 128, "programs": 264, "warps": 8, "stages": 2}
         assert row["time_us"] < row["default_us"]
@@ -76,13 +86,19 @@ def test_an_unknown_op_is_refused(capsys):
     assert "got ['decode_attenton']" in capsys.readouterr().err
 
 
-def test_settings_that_do_not_run_lose(folder):
-    def clock(call, sets):
-        with tuning.watch() as asked:
-            jax.eval_shape(lambda x: call(x), sets[0])  # noqa: PLW0108  a new function is traced anew
-        if asked["decode_attention"][0].block != 64:
-            raise NotImplementedError
-        return 1.0
+@pytest.mark.parametrize("error", [NotImplementedError, jax.errors.JaxRuntimeError])
+@pytest.mark.parametrize("when", ["layers", "race"])
+def test_settings_that_do_not_run_lose(folder, monkeypatch, when, error):
+    clock(monkeypatch, lambda chosen: 2.0 - (chosen.block == 64))
+    right = getattr(tune, when)
 
+    def fails(what, rest):
+        out = right(what, rest)
+        if (out if when == "layers" else what[""][0]).block != 64:
+            raise error("out of shared memory")
+        return out
+
+    if when == "layers" or error is jax.errors.JaxRuntimeError:
+        monkeypatch.setattr(tune, when, fails)
     with aim(AT):
-        assert tune.tune(OP, SPEC, clock)["settings"]["block"] == 64
+        assert tune.tune(OP, SPEC)["settings"]["block"] == 64

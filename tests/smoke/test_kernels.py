@@ -49,7 +49,7 @@ def test_a_case_is_timed_against_its_peers_and_checked(monkeypatch):
     monkeypatch.setitem(kernel_peers.PEERS, "decode_attention", lambda op, spec: [twice])
     settings = kernels.Settings(samples=3)
     with aim(Target("gpu", "interpreted", "forward")):
-        (row,) = kernels.measure(OP, spec, 1e9, settings)
+        (row,) = kernels.measure(kernels.prepare(OP, spec), 1e9, settings)
     assert row["peer"] == "twice"
     assert row["floor_us"] == pytest.approx(spec.bytes() / 1e3)
     assert row["fraction"] == pytest.approx(row["floor_us"] / row["time_us"])
@@ -63,7 +63,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     monkeypatch.setattr(kernels, "PEERS", {})
     wrong = type(OP)(lambda q, impl, **_: jnp.zeros_like(q) if impl != "reference" else q, OP.specs)
     with aim(Target("gpu", "interpreted", "forward")), pytest.raises(ValueError, match="is wrong: error 1"):
-        list(kernels.measure(wrong, spec, 1e9, kernels.Settings(samples=3)))
+        list(kernels.measure(kernels.prepare(wrong, spec), 1e9, kernels.Settings(samples=3)))
 
 
 @pytest.mark.parametrize(
