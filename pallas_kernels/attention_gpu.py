@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import AttentionForm, Codes, starts
-from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.backend import gpu_call, pl, program_id, target, triton
 
 __all__ = [
     "check",
@@ -27,6 +27,7 @@ __all__ = [
     "part_shapes",
     "store_kind",
     "store_split",
+    "walk",
 ]
 
 _LOWEST = -1e30  # below every logit, and finite: differences of two stay numbers
@@ -85,36 +86,89 @@ def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Arra
     ]
 
 
-def load_rows(store: Any, part: int, place: tuple, alive: jax.Array, dtype: Any) -> jax.Array:
-    """Loads rows of a store as [P E2]: all its channels, or those in one half of its bytes.
+def load_rows(store: Any, place: tuple, alive: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Loads rows of a store as its parts, each [P E2].
 
-    place: batch row, packed rows [P], and the block of scales of all of them or of each [P].
-    alive: [P], rows to load.
+    Codes become float16, whose 11 bits hold them and which a byte becomes in one instruction; with
+    float32 queries they become float32.
+
+    place: batch row, packed rows [P], and the block of scales of each [P] or of the first, where
+    rows follow each other. alive: [P], rows to load; the others are zeros.
     """
     batch, row, code_block = place
     codes = store.codes if isinstance(store, Codes) else store
-    width = codes.shape[-1]
-    channel = jnp.arange(_lanes(width))
-    mask = alive[:, None] & (channel < width)[None, :]
-    x = triton.load(codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0)
+    channel = jnp.arange(_lanes(codes.shape[-1]))
+    mask = alive[:, None] & (channel < codes.shape[-1])[None, :]
     if not isinstance(store, Codes):
-        return x
-    if store.bits == 4:
-        x = (x >> 4) if part else (x & 15)
-    channel = channel * n_parts(store) + part
+        return [triton.load(codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0)]
+    dtype = jnp.float32 if dtype == jnp.float32 else jnp.float16
+    # In blocks [N P E2]: to flatten them comes after decoding, else the compiler would move bytes, one by
+    # one, to where the matrix units want their factors.
+    per = store.block if store.block is not None and not code_block.ndim else row.shape[0] // 2
+    n = row.shape[0] // per
+    row, alive = row.reshape(n, per), alive.reshape(n, per)
+    mask = mask.reshape(n, per, channel.size)
+    x = triton.load(codes.at[batch, row[:, :, None], channel[None, None, :]], mask=mask, other=0)
+    place = (batch, row, code_block if not code_block.ndim else code_block.reshape(n, per))
+    scales, zeros = (_scales(store, ref, place, alive, dtype) for ref in (store.scale, store.zero))
+    return [
+        _decode(x, store.bits, i, scale, zero).reshape(n * per, -1)
+        for i, (scale, zero) in enumerate(zip(scales, zeros, strict=True))
+    ]
+
+
+def _scales(store: Codes, ref: Any, place: tuple, alive: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Loads scales, or zeros, for the parts of rows [N P], as [N P 1], [N 1 E2] or [N P E2]."""
+    batch, row, code_block = place
+    parts, width = n_parts(store), store.codes.shape[-1]
     if store.block is None:
-        at, mask = (batch, row, 0), alive
-    elif code_block.ndim:
-        at = (batch, code_block[:, None], channel[None, :])
-    else:
-        at, mask = (batch, code_block, channel), channel < n_parts(store) * width
-    scale, zero = (
-        triton.load(r.at[at], mask=mask, other=0).astype(jnp.float32) for r in (store.scale, store.zero)
-    )
-    if scale.ndim == 1:
-        axis = 1 if store.block is None else 0
-        scale, zero = jnp.expand_dims(scale, axis), jnp.expand_dims(zero, axis)
-    return (x.astype(jnp.float32) * scale + zero).astype(dtype)
+        x = triton.load(ref.at[batch, row, 0], mask=alive, other=0)
+        return [x.astype(dtype)[:, :, None]] * parts
+    channel = jnp.arange(_lanes(width))
+    if code_block.ndim:  # rows from anywhere
+        mask = alive[:, :, None] & (channel < width)[None, None, :]
+        at = [(batch, code_block[:, :, None], (channel * parts + j)[None, None, :]) for j in range(parts)]
+        return [triton.load(ref.at[x], mask=mask, other=0).astype(dtype) for x in at]
+    block = jnp.arange(row.shape[0])
+    here = jnp.max(jnp.where(alive, 1, 0), axis=1) > 0
+    mask = here[:, None, None] & (channel < width)[None, :, None]
+    part = jnp.arange(parts)
+    at = (channel * parts)[None, :, None] + part[None, None, :]
+    x = triton.load(ref.at[batch, (code_block + block)[:, None, None], at], mask=mask, other=0)  # as it lies
+    each = [jnp.sum(jnp.where(part == j, x.astype(jnp.float32), 0.0), axis=2) for j in range(parts)]
+    return [y.astype(dtype)[:, None] for y in each]
+
+
+# Four bytes of codes, with scales and zeros of each, become float16: a code in the low bits of 1024, less 1024.
+_DECODE = """{
+    .reg .b32 code, one;
+    mov.b32 one, 0x64006400;
+    %s
+    prmt.b32 $0, code, one, 0x5150;
+    prmt.b32 $1, code, one, 0x5352;
+    sub.f16x2 $0, $0, one;
+    sub.f16x2 $1, $1, one;
+    fma.rn.f16x2 $0, $0, $3, $5;
+    fma.rn.f16x2 $1, $1, $4, $6;
+}"""
+_PICK = {  # by bits and part
+    (8, 0): "mov.b32 code, $2;",
+    (4, 0): "and.b32 code, $2, 0x0f0f0f0f;",
+    (4, 1): "shr.u32 code, $2, 4; and.b32 code, code, 0x0f0f0f0f;",
+}
+
+
+def _decode(byte: jax.Array, bits: int, part: int, scale: jax.Array, zero: jax.Array) -> jax.Array:
+    """Returns code * scale + zero, of all bits or of those in one half of a byte."""
+    if scale.dtype == jnp.float32 or target().interpret is not None:
+        code = byte if bits == 8 else byte >> 4 if part else byte & 15
+        return code.astype(scale.dtype) * scale + zero
+    scale, zero = (jnp.broadcast_to(x, byte.shape) for x in (scale, zero))
+    (out,) = triton.elementwise_inline_asm(
+        _DECODE % _PICK[bits, part], args=[byte, scale, zero], constraints="=&r,=&r,r,r,r,r,r", pack=4,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(byte.shape, scale.dtype)],
+    )  # fmt: skip
+    return out
 
 
 def nothing(out_ref: Any) -> tuple:
@@ -128,30 +182,46 @@ def nothing(out_ref: Any) -> tuple:
 def fold(
     state: tuple,
     q: list[jax.Array],
-    keys: Callable[[int], jax.Array],
-    values: Callable[[int], jax.Array],
+    keys: list[jax.Array],
+    values: list[jax.Array],
     mass: jax.Array,
     form: AttentionForm,
     factor: float,
 ) -> tuple:
     """Takes one tile of P slots into the state of softmax.
 
-    keys, values: load a part of the rows [P E2]; values must load zeros where the mass is 0, since
-    such a slot may hold NaN.
+    keys, values: the parts of the rows [P E2]; values of slots without mass are finite.
     """
     top, total, out = state
-    dtype = q[0].dtype
-    logit = sum(_dot(part, keys(j).T, dtype) for j, part in enumerate(q)) * factor
+    logit = sum(_dot(part, key.T) for part, key in zip(q, keys, strict=True))
+    scale = factor * _LOG2E
     if form.softcap is not None:  # tanh(x) = 1 - 2/(1 + exp 2x)
-        logit = form.softcap * (1 - 2 / (1 + jnp.exp2(logit * (2 * _LOG2E / form.softcap))))
-    logit = logit * _LOG2E + jnp.log2(jnp.maximum(mass, 1e-30))[None, :]
-    logit = jnp.where((mass > 0)[None, :], logit, _LOWEST)  # [X P]
+        logit = 1 - 2 / (1 + _exp2(logit * (2 * scale / form.softcap)))
+        scale = form.softcap * _LOG2E
+    logit = logit * scale + _log2(jnp.maximum(mass, 1e-30))[None, :]
+    logit = jnp.where((mass > 0)[None, :], logit, 2 * _LOWEST)  # [X P]
     new = jnp.maximum(top, jnp.max(logit, axis=1))
-    p = jnp.where((mass > 0)[None, :], jnp.exp2(logit - new[:, None]), 0.0)
-    old = jnp.exp2(top - new)
+    p, old = _exp2(logit - new[:, None]), _exp2(top - new)
     total = total * old + jnp.sum(p, axis=1)
-    out = tuple(part * old[:, None] + _dot(p.astype(dtype), values(j), dtype) for j, part in enumerate(out))
+    out = tuple(part * old[:, None] + _dot(p, value) for part, value in zip(out, values, strict=True))
     return new, total, out
+
+
+def walk(n_steps: jax.Array, load: Callable[[jax.Array], tuple], use: Callable, state: Any, ahead: bool):
+    """Returns the state after use(state, load(i)) for every step i.
+
+    ahead: what a step loads is used in the next one. The compiler moves rows to the matrix units
+    while they are loaded, which for codes it does byte by byte; what a loop carries it moves whole.
+    """
+    if not ahead:
+        return jax.lax.fori_loop(0, n_steps, lambda i, state: use(state, load(i)), state)
+
+    def step(i, carry):
+        state, tile = carry
+        after = load(i + 1)
+        return use(state, tile), after
+
+    return jax.lax.fori_loop(0, n_steps, step, (state, load(0)))[0]
 
 
 def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple) -> None:
@@ -225,6 +295,24 @@ def _lanes(n: int) -> int:
     return max(16, pl.next_power_of_2(n))
 
 
-def _dot(a, b, dtype):
-    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
+def _exp2(x):
+    return _fast("ex2.approx.ftz.f32", jnp.exp2, x)
+
+
+def _log2(x):
+    return _fast("lg2.approx.ftz.f32", jnp.log2, x)
+
+
+def _fast(instruction: str, plain: Callable, x: jax.Array) -> jax.Array:
+    """Returns a function of x by one instruction, right to 2 ulp, where the library's takes twenty."""
+    if target().interpret is not None:
+        return plain(x)
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    options = {"constraints": "=f,f", "pack": 1, "result_shape_dtypes": [shape]}
+    return triton.elementwise_inline_asm(f"{instruction} $0, $1;", args=[x], **options)[0]
+
+
+def _dot(a, b):
+    """Returns a·b in float32, of factors of b's type."""
+    exact = jax.lax.Precision.HIGHEST if b.dtype == jnp.float32 else None
+    return jnp.dot(a.astype(b.dtype), b, precision=exact, preferred_element_type=jnp.float32)

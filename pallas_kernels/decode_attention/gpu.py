@@ -6,6 +6,7 @@ capacities, so ragged heads balance. Partial results [B I ...] are joined by a s
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,12 @@ def run(q, k, v, mass, length, *, form: AttentionForm):
         group=group,
         rows=batch * sum(form.slots),
     )
-    blocks = [s.block for s in (k, v) if isinstance(s, Codes) and s.block]
-    block = blocks[0] if blocks else chosen.block
+    unit = _unit(k, v)
+    block = max(chosen.block, unit)
     split = max(block, -(-batch * sum(form.slots) // chosen.programs // block) * block)
-    items = _items(form.slots, split, block)
+    items = _items(form.slots, split, unit)
     parts = gpu_call(
-        functools.partial(_split, form=form, block=block, factor=form.factor(size)),
+        functools.partial(_split, form=form, block=block, unit=unit, factor=form.factor(size)),
         jnp.asarray(items), length, shared.part_queries(q, k), k, v, mass,
         grid=(batch, len(items)),
         out_shape=shared.part_shapes(q, v, len(items)),
@@ -73,12 +74,17 @@ def _check(q, k, v) -> None:
         raise NotImplementedError(f"keys and values share their block, got {k.block} and {v.block}")
 
 
-def _items(slots: tuple[int, ...], split: int, block: int) -> np.ndarray:
+def _unit(*stores: Any) -> int:
+    """Returns how many slots share scales; 1 where none do."""
+    return max(s.block if isinstance(s, Codes) and s.block else 1 for s in stores)
+
+
+def _items(slots: tuple[int, ...], split: int, unit: int) -> np.ndarray:
     """Returns the work [I 5]: head, first slot, its packed row, its block of scales, slots."""
-    first, first_block = starts(slots), starts(tuple(-(-size // block) for size in slots))
+    first, first_block = starts(slots), starts(tuple(-(-size // unit) for size in slots))
     return np.array(
         [
-            (head, at, first[head] + at, first_block[head] + at // block, min(split, size - at))
+            (head, at, first[head] + at, first_block[head] + at // unit, min(split, size - at))
             for head, size in enumerate(slots)
             for at in range(0, size, split)
         ],
@@ -99,6 +105,7 @@ def _split(
     *,
     form: AttentionForm,
     block: int,  # P
+    unit: int,
     factor: float,
 ):
     """Attends over one split of one head's slots."""
@@ -108,13 +115,17 @@ def _split(
     dtype = q_ref.dtype
     n = jnp.clip(length_ref[batch, head] - first, 0, items_ref[item, 4])
 
-    def step(i, state):
+    def load(i):
         at = i * block + jnp.arange(block)
-        place, alive = (batch, row + at, code_block + i), at < n
+        alive = at < n
         mass = triton.load(mass_ref.at[batch, row + at], mask=alive, other=0)
-        keys = functools.partial(shared.load_rows, k_ref, place=place, alive=alive, dtype=dtype)
-        values = functools.partial(shared.load_rows, v_ref, place=place, alive=mass > 0, dtype=dtype)
-        return shared.fold(state, q, keys, values, mass, form, factor)
+        keys, values = (
+            shared.load_rows(store, (batch, row + at, code_block + i * (block // unit)), here, dtype)
+            for store, here in ((k_ref, alive), (v_ref, mass > 0))
+        )
+        return keys, values, mass
 
-    state = jax.lax.fori_loop(0, (n + block - 1) // block, step, shared.nothing(out_ref))
+    use = lambda state, tile: shared.fold(state, q, *tile, form, factor)  # noqa: E731
+    ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)
+    state = shared.walk((n + block - 1) // block, load, use, shared.nothing(out_ref), ahead)
     shared.store_split(state, batch, item, (out_ref, top_ref, total_ref))

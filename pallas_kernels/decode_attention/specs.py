@@ -103,7 +103,7 @@ SPECS = (
 def _candidates(spec: DecodeSpec) -> list[gpu.Settings | tpu.Settings]:
     on_gpu = [
         gpu.Settings(block, programs, warps, stages)
-        for block in ((32,) if spec.bits < 16 else (32, 64, 128))
+        for block in (32, 64, 128)
         for programs in (264, 528, 1056, 2112)
         for warps in (2, 4, 8)
         for stages in (2, 3, 4)

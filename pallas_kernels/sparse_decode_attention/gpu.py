@@ -104,7 +104,7 @@ def _split(
     at = jnp.arange(pl.next_power_of_2(split))
     n = jnp.max(jnp.where(blocks(at) >= 0, at + 1, 0), axis=0)  # lists usually end in blocks of none
 
-    def step(i, state):
+    def load(i):
         at = i * tile + jnp.arange(tile)
         chosen = blocks(at)
         slot = chosen * block + jax.lax.rem(item * split + at, block)
@@ -112,15 +112,15 @@ def _split(
         slot = jnp.where(alive, slot, 0)
         mass = triton.load(mass_ref.at[batch, first + slot], mask=alive, other=0)
 
-        def rows(store, code_block, alive, part):
+        def rows(store, code_block, alive):
             if isinstance(store, Codes) and store.block is not None:
                 code_block = code_block + jax.lax.div(slot, store.block)
-            return shared.load_rows(store, part, (batch, first + slot, code_block), alive, dtype)
+            return shared.load_rows(store, (batch, first + slot, code_block), alive, dtype)
 
-        keys = functools.partial(rows, k_ref, code_blocks[0], alive)
-        values = functools.partial(rows, v_ref, code_blocks[1], mass > 0)
-        return shared.fold(state, q, keys, values, mass, form, factor)
+        return rows(k_ref, code_blocks[0], alive), rows(v_ref, code_blocks[1], mass > 0), mass
 
-    state = jax.lax.fori_loop(0, (n + tile - 1) // tile, step, shared.nothing(out_ref))
+    use = lambda state, tile: shared.fold(state, q, *tile, form, factor)  # noqa: E731
+    ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)
+    state = shared.walk((n + tile - 1) // tile, load, use, shared.nothing(out_ref), ahead)
     item = head * pl.num_programs(2) + item
     shared.store_split(state, batch, item, (out_ref, top_ref, total_ref))
