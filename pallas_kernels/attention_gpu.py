@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import AttentionForm, Codes, starts
-from pallas_kernels.backend import gpu_call, pl, program_id, target, triton
+from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.instructions import assemble, exp2, log2, multiply_add
 
 __all__ = [
     "check",
+    "decode_rows",
     "fold",
     "join_splits",
     "load_queries",
@@ -86,11 +88,8 @@ def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Arra
     ]
 
 
-def load_rows(store: Any, place: tuple, alive: jax.Array, dtype: Any) -> list[jax.Array]:
-    """Loads rows of a store as its parts, each [P E2].
-
-    Codes become float16, whose 11 bits hold them and which a byte becomes in one instruction; with
-    float32 queries they become float32.
+def load_rows(store: Any, place: tuple, alive: jax.Array) -> tuple:
+    """Loads rows of a store as they lie, for `decode_rows`.
 
     place: batch row, packed rows [P], and the block of scales of each [P] or of the first, where
     rows follow each other. alive: [P], rows to load; the others are zeros.
@@ -100,46 +99,63 @@ def load_rows(store: Any, place: tuple, alive: jax.Array, dtype: Any) -> list[ja
     channel = jnp.arange(_lanes(codes.shape[-1]))
     mask = alive[:, None] & (channel < codes.shape[-1])[None, :]
     if not isinstance(store, Codes):
-        return [triton.load(codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0)]
-    dtype = jnp.float32 if dtype == jnp.float32 else jnp.float16
-    # In blocks [N P E2]: to flatten them comes after decoding, else the compiler would move bytes, one by
-    # one, to where the matrix units want their factors.
-    per = store.block if store.block is not None and not code_block.ndim else row.shape[0] // 2
+        return (triton.load(codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0),)
+    per = store.block if store.block is not None and not code_block.ndim else row.shape[0]
     n = row.shape[0] // per
-    row, alive = row.reshape(n, per), alive.reshape(n, per)
-    mask = mask.reshape(n, per, channel.size)
+    row, alive, mask = row.reshape(n, per), alive.reshape(n, per), mask.reshape(n, per, channel.size)
     x = triton.load(codes.at[batch, row[:, :, None], channel[None, None, :]], mask=mask, other=0)
-    place = (batch, row, code_block if not code_block.ndim else code_block.reshape(n, per))
-    scales, zeros = (_scales(store, ref, place, alive, dtype) for ref in (store.scale, store.zero))
-    return [
-        _decode(x, store.bits, i, scale, zero).reshape(n * per, -1)
-        for i, (scale, zero) in enumerate(zip(scales, zeros, strict=True))
-    ]
+    code_block = code_block.reshape(n, per) if code_block.ndim else code_block
+    scales = (_scales(store, ref, (batch, row, code_block), alive) for ref in (store.scale, store.zero))
+    return (x, *scales)
 
 
-def _scales(store: Codes, ref: Any, place: tuple, alive: jax.Array, dtype: Any) -> list[jax.Array]:
-    """Loads scales, or zeros, for the parts of rows [N P], as [N P 1], [N 1 E2] or [N P E2]."""
+def _scales(store: Codes, ref: Any, place: tuple, alive: jax.Array) -> jax.Array:
+    """Loads scales, or zeros, of rows [N P]: [N P], or [N E2 parts] per block, or [N P E2 parts]."""
     batch, row, code_block = place
-    parts, width = n_parts(store), store.codes.shape[-1]
     if store.block is None:
-        x = triton.load(ref.at[batch, row, 0], mask=alive, other=0)
-        return [x.astype(dtype)[:, :, None]] * parts
-    channel = jnp.arange(_lanes(width))
+        return triton.load(ref.at[batch, row, 0], mask=alive, other=0)
+    parts, width = n_parts(store), store.codes.shape[-1]
+    channel, part = jnp.arange(_lanes(width)), jnp.arange(parts)
     if code_block.ndim:  # rows from anywhere
-        mask = alive[:, :, None] & (channel < width)[None, None, :]
-        at = [(batch, code_block[:, :, None], (channel * parts + j)[None, None, :]) for j in range(parts)]
-        return [triton.load(ref.at[x], mask=mask, other=0).astype(dtype) for x in at]
-    block = jnp.arange(row.shape[0])
-    here = jnp.max(jnp.where(alive, 1, 0), axis=1) > 0
-    mask = here[:, None, None] & (channel < width)[None, :, None]
-    part = jnp.arange(parts)
-    at = (channel * parts)[None, :, None] + part[None, None, :]
-    x = triton.load(ref.at[batch, (code_block + block)[:, None, None], at], mask=mask, other=0)  # as it lies
-    each = [jnp.sum(jnp.where(part == j, x.astype(jnp.float32), 0.0), axis=2) for j in range(parts)]
-    return [y.astype(dtype)[:, None] for y in each]
+        mask = alive
+    else:
+        mask, code_block = jnp.max(jnp.where(alive, 1, 0), axis=1) > 0, code_block + jnp.arange(row.shape[0])
+    lead = (1,) * code_block.ndim
+    at = (channel[:, None] * parts + part[None, :]).reshape(*lead, -1, parts)  # as they lie
+    mask = mask[..., None, None] & (channel < width).reshape(*lead, -1, 1)
+    return triton.load(ref.at[batch, code_block[..., None, None], at], mask=mask, other=0)
 
 
-# Four bytes of codes, with scales and zeros of each, become float16: a code in the low bits of 1024, less 1024.
+def decode_rows(store: Any, loaded: tuple, alive: jax.Array | None, dtype: Any) -> list[jax.Array]:
+    """Returns what `load_rows` loaded as parts, each [P E2]; of those not alive, zeros.
+
+    Codes become float16, whose 11 bits hold them and which a byte becomes in one instruction; with
+    float32 queries they become float32. None for alive: what the others are does not matter.
+    """
+    if not isinstance(store, Codes):
+        return list(loaded)
+    dtype = jnp.float32 if dtype == jnp.float32 else jnp.float16
+    x, scale, zero = loaded
+    alive = None if alive is None else alive.reshape(x.shape[:2])
+    if store.block is None:
+        zeroed = lambda y: y if alive is None else jnp.where(alive, y, jnp.zeros_like(y))  # noqa: E731
+        scales, zeros = ([zeroed(y).astype(dtype)[:, :, None]] * n_parts(store) for y in (scale, zero))
+    else:
+        scales, zeros = (_split_parts(y, dtype) for y in (scale, zero))
+    parts = [_decode(x, store.bits, i, *y) for i, y in enumerate(zip(scales, zeros, strict=True))]
+    if store.block is not None and alive is not None:
+        parts = [jnp.where(alive[:, :, None], part, 0) for part in parts]
+    return [part.reshape(-1, part.shape[-1]) for part in parts]
+
+
+def _split_parts(x: jax.Array, dtype: Any) -> list[jax.Array]:
+    """Returns the parts of scales [.. E2 parts] as [N P E2] or [N 1 E2]."""
+    part, x32 = jnp.arange(x.shape[-1]), x.astype(jnp.float32)
+    each = [jnp.sum(jnp.where(part == j, x32, 0.0), axis=-1).astype(dtype) for j in range(part.size)]
+    return [y if y.ndim == 3 else y[:, None] for y in each]
+
+
+# Four bytes, with a scale and a zero each, become float16: a code in the low bits of 1024, less 1024.
 _DECODE = """{
     .reg .b32 code, one;
     mov.b32 one, 0x64006400;
@@ -160,15 +176,15 @@ _PICK = {  # by bits and part
 
 def _decode(byte: jax.Array, bits: int, part: int, scale: jax.Array, zero: jax.Array) -> jax.Array:
     """Returns code * scale + zero, of all bits or of those in one half of a byte."""
-    if scale.dtype == jnp.float32 or target().interpret is not None:
+
+    def plain(byte, scale, zero):
         code = byte if bits == 8 else byte >> 4 if part else byte & 15
         return code.astype(scale.dtype) * scale + zero
-    scale, zero = (jnp.broadcast_to(x, byte.shape) for x in (scale, zero))
-    (out,) = triton.elementwise_inline_asm(
-        _DECODE % _PICK[bits, part], args=[byte, scale, zero], constraints="=&r,=&r,r,r,r,r,r", pack=4,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(byte.shape, scale.dtype)],
-    )  # fmt: skip
-    return out
+
+    if scale.dtype == jnp.float32:
+        return plain(byte, scale, zero)
+    options = {"dtype": scale.dtype, "constraints": "=&r,=&r,r,r,r,r,r", "pack": 4}
+    return assemble(_DECODE % _PICK[bits, part], byte, scale, zero, plain=plain, **options)
 
 
 def nothing(out_ref: Any) -> tuple:
@@ -196,12 +212,12 @@ def fold(
     logit = sum(_dot(part, key.T) for part, key in zip(q, keys, strict=True))
     scale = factor * _LOG2E
     if form.softcap is not None:  # tanh(x) = 1 - 2/(1 + exp 2x)
-        logit = 1 - 2 / (1 + _exp2(logit * (2 * scale / form.softcap)))
+        logit = 1 - 2 / (1 + exp2(logit * (2 * scale / form.softcap)))
         scale = form.softcap * _LOG2E
-    logit = logit * scale + _log2(jnp.maximum(mass, 1e-30))[None, :]
+    logit = multiply_add(logit, jnp.float32(scale), log2(jnp.maximum(mass, 1e-30))[None, :])
     logit = jnp.where((mass > 0)[None, :], logit, 2 * _LOWEST)  # [X P]
     new = jnp.maximum(top, jnp.max(logit, axis=1))
-    p, old = _exp2(logit - new[:, None]), _exp2(top - new)
+    p, old = exp2(logit - new[:, None]), exp2(top - new)
     total = total * old + jnp.sum(p, axis=1)
     out = tuple(part * old[:, None] + _dot(p, value) for part, value in zip(out, values, strict=True))
     return new, total, out
@@ -210,16 +226,15 @@ def fold(
 def walk(n_steps: jax.Array, load: Callable[[jax.Array], tuple], use: Callable, state: Any, ahead: bool):
     """Returns the state after use(state, load(i)) for every step i.
 
-    ahead: what a step loads is used in the next one. The compiler moves rows to the matrix units
-    while they are loaded, which for codes it does byte by byte; what a loop carries it moves whole.
+    ahead: a step loads what the next one uses. The compiler itself loads rows ahead, but in the order
+    of the matrix units, which for codes is byte by byte; what a loop carries it moves whole.
     """
     if not ahead:
         return jax.lax.fori_loop(0, n_steps, lambda i, state: use(state, load(i)), state)
 
     def step(i, carry):
-        state, tile = carry
         after = load(i + 1)
-        return use(state, tile), after
+        return use(carry[0], carry[1]), after
 
     return jax.lax.fori_loop(0, n_steps, step, (state, load(0)))[0]
 
@@ -268,7 +283,7 @@ def _join(
     batch, head, g = program_id(0), program_id(1), program_id(2)
     first, n = spans_ref[head, 0], spans_ref[head, 1]
     size = out_ref.shape[-1]
-    step_size, lanes = 16, _lanes(size)
+    step_size, lanes = min(64, _lanes(n_most)), _lanes(size)
     item, d = jnp.arange(_lanes(n_most)), jnp.arange(lanes)
     top = triton.load(top_ref.at[batch, first + item, g], mask=item < n, other=_LOWEST)
     most = jnp.max(top, axis=0)
@@ -293,23 +308,6 @@ def _join(
 
 def _lanes(n: int) -> int:
     return max(16, pl.next_power_of_2(n))
-
-
-def _exp2(x):
-    return _fast("ex2.approx.ftz.f32", jnp.exp2, x)
-
-
-def _log2(x):
-    return _fast("lg2.approx.ftz.f32", jnp.log2, x)
-
-
-def _fast(instruction: str, plain: Callable, x: jax.Array) -> jax.Array:
-    """Returns a function of x by one instruction, right to 2 ulp, where the library's takes twenty."""
-    if target().interpret is not None:
-        return plain(x)
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    options = {"constraints": "=f,f", "pack": 1, "result_shape_dtypes": [shape]}
-    return triton.elementwise_inline_asm(f"{instruction} $0, $1;", args=[x], **options)[0]
 
 
 def _dot(a, b):

@@ -16,6 +16,7 @@ import numpy as np
 from pallas_kernels import tuning
 from pallas_kernels.attention import starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.instructions import multiply_add
 
 __all__ = ["Settings", "run"]
 
@@ -135,16 +136,18 @@ def _match(
 
     def step(i, carry):
         top, which = carry
-        place = (i * n_destinations + jnp.arange(n_destinations)) * stride + stride - 1
+        first_place = i * n_destinations * stride + stride - 1
+        place = first_place + jnp.arange(n_destinations) * stride
         b, alive, square = load(place)
-        value = _dot(a, b.T)  # [A C]; what depends on the source alone comes last
-        if kind == "cosine":
-            value = value * _inverse_norm(square)[None, :]
-        elif kind == "l2":
-            value = 2 * value - square[None, :]
-        value = jnp.where(alive[None, :], value, -jnp.inf)
-        new = jnp.max(value, axis=1)
-        at = jnp.min(jnp.where(value == new[:, None], place[None, :], 2**30), axis=1)
+        dead = jnp.where(alive, 0.0, -jnp.inf)
+        factor, term = {
+            "cosine": (_inverse_norm(square), dead),
+            "l2": (jnp.full(square.shape, 2.0), dead - square),
+            "dot": (jnp.ones(square.shape), dead),
+        }[kind]
+        # [A C]; what depends on the source alone comes last
+        value = multiply_add(_dot(a, b.T), factor[None, :], term[None, :])
+        new, at = jnp.max(value, axis=1), first_place + jnp.argmax(value, axis=1) * stride
         mask = (place < n) & (first == 0)  # one program writes that destinations have none
         triton.store(best_ref.at[batch, row + place], jnp.full(place.shape, -1), mask=mask)
         triton.store(similarity_ref.at[batch, row + place], jnp.full(place.shape, -jnp.inf), mask=mask)

@@ -8,7 +8,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -119,13 +118,17 @@ def _split(
         at = i * block + jnp.arange(block)
         alive = at < n
         mass = triton.load(mass_ref.at[batch, row + at], mask=alive, other=0)
-        keys, values = (
-            shared.load_rows(store, (batch, row + at, code_block + i * (block // unit)), here, dtype)
-            for store, here in ((k_ref, alive), (v_ref, mass > 0))
-        )
-        return keys, values, mass
+        place = (batch, row + at, code_block + i * (block // unit))
+        # Codes are numbers, whatever the mass of their slot, and so need not wait for it.
+        needed = alive if isinstance(v_ref, Codes) else mass > 0
+        return shared.load_rows(k_ref, place, alive), shared.load_rows(v_ref, place, needed), mass
 
-    use = lambda state, tile: shared.fold(state, q, *tile, form, factor)  # noqa: E731
+    def use(state, tile):
+        keys, values, mass = tile
+        keys = shared.decode_rows(k_ref, keys, None, dtype)
+        values = shared.decode_rows(v_ref, values, mass > 0, dtype)
+        return shared.fold(state, q, keys, values, mass, form, factor)
+
     ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)
     state = shared.walk((n + block - 1) // block, load, use, shared.nothing(out_ref), ahead)
     shared.store_split(state, batch, item, (out_ref, top_ref, total_ref))

@@ -115,11 +115,18 @@ def _split(
         def rows(store, code_block, alive):
             if isinstance(store, Codes) and store.block is not None:
                 code_block = code_block + jax.lax.div(slot, store.block)
-            return shared.load_rows(store, (batch, first + slot, code_block), alive, dtype)
+            return shared.load_rows(store, (batch, first + slot, code_block), alive)
 
-        return rows(k_ref, code_blocks[0], alive), rows(v_ref, code_blocks[1], mass > 0), mass
+        # Codes are numbers, whatever the mass of their slot, and so need not wait for it.
+        needed = alive if isinstance(v_ref, Codes) else mass > 0
+        return rows(k_ref, code_blocks[0], alive), rows(v_ref, code_blocks[1], needed), mass
 
-    use = lambda state, tile: shared.fold(state, q, *tile, form, factor)  # noqa: E731
+    def use(state, tile):
+        keys, values, mass = tile
+        keys = shared.decode_rows(k_ref, keys, None, dtype)
+        values = shared.decode_rows(v_ref, values, mass > 0, dtype)
+        return shared.fold(state, q, keys, values, mass, form, factor)
+
     ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)
     state = shared.walk((n + tile - 1) // tile, load, use, shared.nothing(out_ref), ahead)
     item = head * pl.num_programs(2) + item

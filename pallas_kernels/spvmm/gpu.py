@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.instructions import multiply_add
 from pallas_kernels.sparse_matvec import refuse
 
 __all__ = ["Settings", "run"]
@@ -97,7 +98,7 @@ def _one(
         total, xs, ws = carry
         xs_after, ws_after = [inputs(i + 1, j) for j in range(loads)], []
         for j in range(loads):
-            total = total + xs[j].astype(jnp.float32)[:, None] * ws[j].astype(jnp.float32)
+            total = multiply_add(ws[j], xs[j].astype(jnp.float32)[:, None], total)
             ws_after.append(_weights(w_ref, place(i + 1, j), column, xs_after[j] != 0))
         return total, xs_after, ws_after
 

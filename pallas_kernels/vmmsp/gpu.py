@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.instructions import multiply_add
 from pallas_kernels.sparse_matvec import refuse
 
 __all__ = ["Settings", "run"]
@@ -83,7 +84,7 @@ def _one(
         total, ws = carry
         after = []
         for j in range(loads):
-            total = total + inputs(i, j) * ws[j].astype(jnp.float32)
+            total = multiply_add(ws[j], inputs(i, j), total)
             after.append(_weights(w_ref, row, place(i + 1, j), needed))
         return total, after
 
