@@ -65,9 +65,19 @@ _LINK = "host"  # the copy rate that a case in host memory is held against
 
 @dataclass(frozen=True)
 class Settings:
-    """ops: which to run, all by default. interpret: "gpu" or "tpu", to check without an accelerator."""
+    """What to time.
+
+    Args:
+        ops: which to run, all by default.
+        cases: those whose name "op case" this regular expression finds.
+        interpret: "gpu" or "tpu", to check without an accelerator.
+        samples: of each program; their median counts.
+        seed: of the inputs.
+        out: the folder of results.
+    """
 
     ops: tuple[str, ...] = ()
+    cases: str = ""
     interpret: str | None = None
     samples: int = 15
     seed: int = 0
@@ -83,9 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.interpret:
             Console().print(_table(list(_interpreted(settings)), "error"))
         else:
-            stored = _timed(settings)
+            stored, faults = _timed(settings)
             Console().print(_table(stored.rows, "time"))
             Console().print(str(stored.path), soft_wrap=True, highlight=False)
+            for fault in faults:
+                console.print(f"error: {fault}", style="red", highlight=False, markup=False)
+            return min(1, len(faults))
     except ValueError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2
@@ -98,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _check(settings: Settings) -> None:
     if unknown := set(settings.ops) - ops().keys():
         raise ValueError(f"an op is one of {', '.join(ops())}, got {sorted(unknown)}")
+    if not any(_chosen(settings, "test" if settings.interpret else "bench")):
+        raise ValueError(f"a case has the pattern in its name, got {settings.cases=}, which none has")
     if settings.interpret not in (None, "gpu", "tpu"):
         raise ValueError(f"kernels of gpu or tpu are interpreted, got {settings.interpret=}")
     platform = backend.target().platform
@@ -111,7 +126,9 @@ def _check(settings: Settings) -> None:
 def _chosen(settings: Settings, use: str) -> Iterator[tuple[Op, Spec]]:
     for name, op in ops().items():
         if not settings.ops or name in settings.ops:
-            yield from ((op, spec) for spec in op.specs if use in spec.uses)
+            for spec in op.specs:
+                if use in spec.uses and re.search(settings.cases, f"{name} {spec.name}"):
+                    yield op, spec
 
 
 def _interpreted(settings: Settings) -> Iterator[dict[str, Any]]:
@@ -125,21 +142,27 @@ def _interpreted(settings: Settings) -> Iterator[dict[str, Any]]:
         yield {"name": op.name, "spec": spec.name, "error": error, "limit": spec.limit()}
 
 
-def _timed(settings: Settings) -> results.Results:
-    """Times what is not stored yet: all programs are compiled first, side by side."""
+def _timed(settings: Settings) -> tuple[results.Results, list[str]]:
+    """Compiles all programs side by side, then times them; returns also what went wrong with which case."""
     arguments = options.as_arguments(settings)
     stored = results.start("kernels", settings.seed, folder=settings.out, command=" ".join(
         ["python -m experiments.kernels", *arguments]))  # fmt: skip
     rates = {"device": timing.copy_rate(), _LINK: timing.host_copy_rate()}
     stored = stored.claim({f"copy_gb_per_s.{name}": rate / 1e9 for name, rate in rates.items()})
     with ThreadPoolExecutor(max_workers=8) as pool:  # each holds an input set
-        cases = [pool.submit(prepare, *case, settings.seed) for case in _chosen(settings, "bench")]
-    for case in (case.result() for case in cases):
-        where = _LINK if getattr(case.spec, "host", False) else "device"
-        for row in measure(case, rates[where], settings):
-            stored = stored.add({"name": case.op.name, "spec": case.spec.name, "peer": row.pop("peer")}, row)
+        cases = [(case, pool.submit(prepare, *case, settings.seed)) for case in _chosen(settings, "bench")]
+    faults = []
+    for (op, spec), ready in cases:
+        where = _LINK if getattr(spec, "host", False) else "device"
+        try:
+            rows = list(measure(ready.result(), rates[where], settings))
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            faults.append(f"{op.name} {spec.name}: {error}")
+            continue
+        for row in rows:
+            stored = stored.add({"name": op.name, "spec": spec.name, "peer": row.pop("peer")}, row)
         stored = stored.claim(claims(stored.rows))
-    return stored
+    return stored, faults
 
 
 @dataclass(frozen=True)

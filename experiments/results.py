@@ -243,7 +243,12 @@ def _command() -> str:
 
 
 def _commit() -> str:
-    """Returns the commit of the source, with `-dirty` where anything but results differs from it."""
+    """Returns the commit of the source, with `-dirty` where anything but results differs from it.
+
+    KVJAX_COMMIT names it where a copy of the source runs, without its history.
+    """
+    if named := os.environ.get("KVJAX_COMMIT"):
+        return named
     git = ["git", "-C", str(ROOT)]
     try:
         run = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)

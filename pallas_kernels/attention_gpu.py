@@ -118,8 +118,9 @@ def _scales(store: Codes, ref: Any, place: tuple, alive: jax.Array) -> jax.Array
     channel, part = jnp.arange(_lanes(width)), jnp.arange(parts)
     if code_block.ndim:  # rows from anywhere
         mask = alive
-    else:
-        mask, code_block = jnp.max(jnp.where(alive, 1, 0), axis=1) > 0, code_block + jnp.arange(row.shape[0])
+    else:  # the blocks that follow; beyond the last slot it does not matter which
+        code_block = jnp.minimum(code_block + jnp.arange(row.shape[0]), ref.shape[1] - 1)
+        mask = jnp.full(code_block.shape, True)
     lead = (1,) * code_block.ndim
     at = (channel[:, None] * parts + part[None, :]).reshape(*lead, -1, parts)  # as they lie
     mask = mask[..., None, None] & (channel < width).reshape(*lead, -1, 1)

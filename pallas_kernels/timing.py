@@ -16,7 +16,7 @@ from pallas_kernels.op import Spec
 __all__ = ["copy_rate", "host_copy_rate", "input_sets", "layers", "n_sets", "race", "time_us"]
 
 _BEYOND_CACHE = 512 * 2**20  # bytes that all input sets hold together, at least: ten times an H100's L2
-_SPAN_S = 0.02  # one sample lasts at least this long
+_SPAN_S = 0.04  # one sample lasts at least this long: the host takes 0.1 ms to start it
 
 
 def n_sets(spec: Spec) -> int:

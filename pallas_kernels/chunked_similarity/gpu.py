@@ -48,7 +48,7 @@ def run(k, mass, *, slots, chunk, stride, kind):
         )
     chosen = tuning.settings(
         "chunked_similarity",
-        Settings(warps=8 if chunk > 128 else 4),
+        Settings(warps=4 if chunk > 128 else 1),
         dtype=str(k.dtype),
         head_dim=k.shape[2],
         chunk=chunk,

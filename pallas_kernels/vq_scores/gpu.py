@@ -2,8 +2,9 @@
 
 The table [B K C X] is of the type of the scores and holds the X scores of a codeword side by side
 (X pads G to a power of 2), so that a slot is one load of up to 16 bytes. A head's table (64 KiB
-for 4 query heads and 4,096 codewords) lives in L1 while programs next to each other look up long
-spans of its slots. With reduce="max", X is 1.
+for 4 query heads and 4,096 codewords) fits L1, and there are about as many programs as
+multiprocessors, so that each reads few tables from L2: with many, that is what binds. With
+reduce="max", X is 1.
 """
 
 import functools
@@ -23,12 +24,12 @@ _WIDEST = 128  # query heads of a KV head
 
 @dataclass(frozen=True)
 class Settings:
-    """span: slots of a program. scores: of one store. batch: such stores whose loads go together."""
+    """programs: wanted in all. scores: of one store. batch: such stores whose loads go together."""
 
-    span: int = 4096
-    scores: int = 4096
-    batch: int = 4
-    warps: int = 8
+    programs: int = 264
+    scores: int = 8192
+    batch: int = 1
+    warps: int = 16
 
 
 def run(q, codebook, codes, *, reduce, dtype):
@@ -54,7 +55,8 @@ def run(q, codebook, codes, *, reduce, dtype):
         "vq_scores", Settings(), dtype=dtype.name, group=out_group, codes=table.shape[2],
         slots=max(1, batch * n_slots),
     )  # fmt: skip
-    span = min(chosen.span, max(16, pl.next_power_of_2(n_slots)))
+    span = max(16, pl.next_power_of_2(max(1, batch * n_heads * n_slots // chosen.programs)))
+    span = min(span, max(16, pl.next_power_of_2(n_slots)))
     n = min(max(1, chosen.scores // width), span)
     out = gpu_call(
         functools.partial(_look_up, n=n, together=min(chosen.batch, span // n), span=span),
@@ -141,9 +143,9 @@ def _look_up(
         ]
         scores = []
         for code in codes:
-            mask = jnp.broadcast_to(((code >= 0) & (code < n_codes))[:, None], (n, width))
-            place = table_ref.at[batch, head, code[:, None], g[None, :]]
-            scores.append(triton.load(place, mask=mask, other=-jnp.inf))
+            code = jnp.broadcast_to(code[:, None], (n, width))  # moved once; what follows is of its layout
+            place = table_ref.at[batch, head, code, g[None, :]]
+            scores.append(triton.load(place, mask=(code >= 0) & (code < n_codes), other=-jnp.inf))
         for s, score in zip(slots, scores, strict=True):
             mask = (s < n_slots)[:, None] & (g < out_ref.shape[2])[None, :]
             triton.store(out_ref.at[batch, head, g[None, :], s[:, None]], score, mask=mask)

@@ -83,11 +83,11 @@ SPECS = (
 
 def _candidates(spec: ScoresSpec) -> list[gpu.Settings]:
     return [
-        gpu.Settings(span, scores, batch, warps)
-        for span in (1024, 2048, 4096, 8192, 16384)
-        for scores in (2048, 4096, 8192)
+        gpu.Settings(programs, scores, batch, warps)
+        for programs in (132, 264, 528, 1056)
+        for scores in (4096, 8192, 16384)
         for batch in (1, 2, 4)
-        for warps in (4, 8, 16)
+        for warps in (4, 8, 16, 32)
     ]
 
 

@@ -71,6 +71,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
     [
         ([], "timed on a GPU or TPU, got platform 'cpu'"),
         (["--ops", "decode"], r"got ['decode']"),
+        (["--cases", "b9"], "got settings.cases='b9', which none has"),
         (["--interpret", "cuda"], "interpreted, got settings.interpret='cuda'"),
     ],
 )
