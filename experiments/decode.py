@@ -218,7 +218,11 @@ def _compiled(device: str, settings: Aot, cases: Sequence[tuple[int, int]]):
 
 
 def _start(command: str, experiment: str, settings: Any, seed: int, device: str | None = None):
-    words = ["python -m experiments.decode", command, *map(shlex.quote, options.as_arguments(settings))]
+    words = [
+        "python -m experiments.decode",
+        command,
+        *map(shlex.quote, options.as_arguments(settings, skip=("out",))),
+    ]
     return results.start(experiment, seed, device, settings.out, " ".join(words))
 
 

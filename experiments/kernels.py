@@ -10,6 +10,7 @@ prints errors only: it times nothing.
 
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,7 +145,7 @@ def _interpreted(settings: Settings) -> Iterator[dict[str, Any]]:
 
 def _timed(settings: Settings) -> tuple[results.Results, list[str]]:
     """Compiles all programs side by side, then times them; returns also what went wrong with which case."""
-    arguments = options.as_arguments(settings)
+    arguments = map(shlex.quote, options.as_arguments(settings, skip=("out",)))
     stored = results.start("kernels", settings.seed, folder=settings.out, command=" ".join(
         ["python -m experiments.kernels", *arguments]))  # fmt: skip
     rates = {"device": timing.copy_rate(), _LINK: timing.host_copy_rate()}

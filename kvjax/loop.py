@@ -25,7 +25,6 @@ from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.sampling import Limits, Sampling, sample
 from kvjax.shapes import Ids
-from pallas_kernels.backend import target
 
 __all__ = [
     "Program",
@@ -40,8 +39,6 @@ __all__ = [
 ]
 
 State = tuple[KV, ...]
-
-_AT_ONCE = 8  # decode steps of a GPU between two looks at whether to go on
 
 
 @dataclass(frozen=True)
@@ -339,26 +336,22 @@ def decode(
 
 @functools.partial(jax.jit, static_argnames=("program", "keep_logits"), donate_argnames="state")
 def _decode(params, logits, state, forced, steps, limits: Limits, *, program: Program, keep_logits: bool):
-    """Runs decode steps until all rows have ended or `steps` are done.
-
-    Whether to go on is asked once in `_AT_ONCE` steps, since a GPU stands still while the host reads
-    the answer; a step beyond the end changes nothing.
-    """
+    """Runs decode steps until all rows have ended or `steps` are done."""
     batch, n = forced.shape
 
     def more(carry):
         i, *_, ended = carry
         return (i < steps) & ~jnp.all(ended)
 
-    def step(_, carry):
+    def step(carry):
         i, logits, state, out, kept, ended = carry
         want = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
         token = jnp.where(want >= 0, want, sample(logits, limits, jnp.max(state[0].seen)))
-        ended = ended | (want == -2) | (i >= steps)
+        ended = ended | (want == -2)
         token = jnp.where(ended, -1, token)
         if keep_logits:
-            kept = kept.at[:, i].set(logits, mode="drop")
-        out = out.at[:, i].set(token, mode="drop")
+            kept = jax.lax.dynamic_update_index_in_dim(kept, logits, i, axis=1)
+        out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=1)
         ended = ended | jnp.isin(token, limits.stop)
         pos = jnp.where(ended, -1, state[0].seen)[:, None]
         new, state, _ = program.run(params, token[:, None], pos, state, compress=True)
@@ -368,7 +361,5 @@ def _decode(params, logits, state, forced, steps, limits: Limits, *, program: Pr
     kept = jnp.zeros((batch, n if keep_logits else 0, logits.shape[-1]), jnp.float32)
     ended = jnp.zeros((batch,), bool)
     carry = (jnp.int32(0), logits, state, out, kept, ended)
-    at_once = _AT_ONCE if target().platform == "gpu" else 1
-    run = lambda carry: jax.lax.fori_loop(0, at_once, step, carry)  # noqa: E731
-    _, logits, state, out, kept, _ = jax.lax.while_loop(more, run, carry)
+    _, logits, state, out, kept, _ = jax.lax.while_loop(more, step, carry)
     return out, logits, state, kept if keep_logits else None

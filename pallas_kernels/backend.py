@@ -1,11 +1,12 @@
 """Stands between the project and jax.experimental: the only file that imports it.
 
 GPU kernels are written in Pallas Triton, which JAX has marked as deprecated without a date; it is
-the one language that runs from T4 to H100 and takes operands in pinned host memory. The warning is
+the one language that runs from A100 to H100 and takes operands in pinned host memory. The warning is
 silenced here, and nowhere else.
 """
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,13 +43,15 @@ __all__ = [
 class Target:
     """What kernels are built for.
 
-    platform: "cpu", "gpu" or "tpu". device: its kind, as JAX names it. interpret: None compiles;
-    "forward" and "backward" interpret a kernel's programs in that order.
+    platform: "cpu", "gpu" (NVIDIA's), "tpu" or another. device: its kind, as JAX names it.
+    interpret: None compiles; "forward" and "backward" interpret a kernel's programs in that order.
+    capability: a GPU's, where it is known.
     """
 
     platform: str
     device: str
     interpret: str | None = None
+    capability: tuple[int, int] | None = None
 
 
 _target = jax.make_user_context(default_value=None)  # part of the key of every compiled program
@@ -62,8 +65,12 @@ def target() -> Target:
     device = jax.config.jax_default_device
     if not isinstance(device, jax.Device):
         device = jax.devices(device)[0]
-    platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-    return Target(platform, device.device_kind)
+    if device.platform not in ("cuda", "gpu"):
+        return Target(device.platform, device.device_kind)
+    capability = re.fullmatch(r"(\d+)\.(\d+)", device.compute_capability)
+    if capability is None:
+        return Target("rocm", device.device_kind)  # our kernels hold NVIDIA's instructions
+    return Target("gpu", device.device_kind, capability=(int(capability[1]), int(capability[2])))
 
 
 @contextlib.contextmanager

@@ -52,7 +52,8 @@ def run(
         ValueError: for an impl the op does not have.
         NotImplementedError: for an impl named that this machine or shape cannot run.
     """
-    platform = backend.target().platform
+    at = backend.target()
+    platform = at.platform
     if impl is None:
         names = [name for name in (platform, "reference") if name in impls]
     elif impl not in impls:
@@ -66,6 +67,8 @@ def run(
         names = [impl]
     for name in names:
         try:
+            if name != "reference":
+                _admit(op, at)
             out = impls[name](*args, **options)
         except NotImplementedError as why:
             if name == names[-1]:
@@ -75,6 +78,16 @@ def run(
             _report(op, name)
             return out
     raise NotImplementedError(f"{op} has no implementation for {platform!r}")
+
+
+def _admit(op: str, at: backend.Target) -> None:
+    """Raises for a GPU that XLA compiles no Triton for: one before Ampere."""
+    if at.capability is not None and at.capability < (8, 0):
+        version = ".".join(map(str, at.capability))
+        raise NotImplementedError(
+            f"{op}: kernels run on GPUs of compute capability 8.0 (A100, L4) and above, got {version} of "
+            f"{at.device!r}: use impl='reference', or None for what runs here"
+        )
 
 
 def _report(op: str, name: str) -> None:

@@ -29,6 +29,7 @@ _TPUS = {  # name: kind, smallest topology, topology of eight chips
 }
 # name: kind, capability, multiprocessors, shared memory of one and of a block (KiB), L2 (MiB), GB/s, GiB
 _GPUS = {
+    "l4": ("NVIDIA L4", (8, 9), 58, 100, 99, 48, 300, 24),
     "a100": ("NVIDIA A100-SXM4-80GB", (8, 0), 108, 164, 163, 40, 2039, 80),
     "h100": ("NVIDIA H100 80GB HBM3", (9, 0), 132, 228, 227, 50, 3352, 80),
 }

@@ -37,9 +37,10 @@ def run(q, k, v, mass, length, *, form: AttentionForm):
     """
     batch, n_heads, group, size = q.shape
     _check(q, k, v)
+    wide = q.dtype.itemsize * size > 512  # bytes of a row: three tiles of 64 such rows are too much for an L4
     chosen = tuning.settings(
         "decode_attention",
-        Settings(),
+        Settings(block=32, stages=2) if wide else Settings(),
         dtype=shared.store_kind(k),
         head_dim=size,
         group=group,

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import types
 
 import jax
 import jax.numpy as jnp
@@ -322,6 +323,31 @@ def test_where_a_kernel_refuses_the_reference_runs_and_says_so(platform, caplog)
     assert "got" in message
     assert choice.getMessage() == "decode_attention: reference"
     np.testing.assert_array_equal(out, decode_attention(**args, impl="reference"))
+
+
+def test_a_gpu_before_ampere_runs_the_reference_and_says_so(caplog):
+    with aim(Target("gpu", "Tesla T4", capability=(7, 5))), dispatch.watch() as taken:
+        out = decode_attention(**plain())
+        message = "compute capability 8.0 .* got 7.5 of 'Tesla T4': use impl='reference'"
+        with pytest.raises(NotImplementedError, match=message):
+            decode_attention(**plain(), impl="gpu")
+    assert taken == {"decode_attention": "reference"}
+    assert "so the reference runs" in caplog.text
+    np.testing.assert_array_equal(out, decode_attention(**plain(), impl="reference"))
+
+
+@pytest.mark.parametrize(
+    ("platform", "version", "expected"),
+    [
+        ("gpu", "9.0", Target("gpu", "some", capability=(9, 0))),
+        ("gpu", "gfx942", Target("rocm", "some")),
+        ("tpu", None, Target("tpu", "some")),
+    ],
+)
+def test_the_target_is_the_default_device(monkeypatch, platform, version, expected):
+    device = types.SimpleNamespace(platform=platform, device_kind="some", compute_capability=version)
+    monkeypatch.setattr(jax, "devices", lambda backend=None: [device])
+    assert backend.target() == expected
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
