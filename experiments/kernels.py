@@ -61,6 +61,7 @@ _SIZES = {  # bytes that a claim is about: more than, up to
     "decode_attention.copy_fraction_min": (256 * _MIB, math.inf),
     "decode_attention.copy_fraction_64mb_min": (64 * _MIB, 256 * _MIB),
 }
+_WIDTH = 190  # of the table
 _LINK = "host"  # the copy rate that a case in host memory is held against
 
 
@@ -87,16 +88,17 @@ class Settings:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 on a fault, 2 on a bad option."""
-    console = Console(stderr=True)
+    console, out = Console(stderr=True), Console()
+    out.width = max(out.width, _WIDTH)  # a cell cut short says nothing; a terminal wraps lines
     try:
         settings = options.parse(Settings, sys.argv[1:] if arguments is None else arguments, __doc__)
         _check(settings)
         if settings.interpret:
-            Console().print(_table(list(_interpreted(settings)), "error"))
+            out.print(_table(list(_interpreted(settings)), "error"))
         else:
             stored, faults = _timed(settings)
-            Console().print(_table(stored.rows, "time"))
-            Console().print(str(stored.path), soft_wrap=True, highlight=False)
+            out.print(_table(stored.rows, "time"))
+            out.print(str(stored.path), soft_wrap=True, highlight=False)
             for fault in faults:
                 console.print(f"error: {fault}", style="red", highlight=False, markup=False)
             return min(1, len(faults))

@@ -10,6 +10,25 @@ from experiments import results
 __all__ = ["main", "quoted"]
 
 _BUDGET = 0.25
+_KERNELS = """
+    decode attention, K and V over 256 MiB, of the copy rate | % | 95% | decode_attention.copy_fraction_min
+    from 64 to 256 MiB, of the copy rate | % | 80% | decode_attention.copy_fraction_64mb_min
+    beside cuDNN | x | 1.00x | decode_attention.vs_cudnn_min
+    beside JAX's own Pallas op | x | 2.50x | decode_attention.vs_jax_op_min
+    largest head 5 times the mean, time beside equal heads | | 1.10 | decode_attention.ragged_time_ratio
+    int8 codes, time beside bfloat16 | | 0.56 | decode_attention.int8_time_ratio
+    int4 codes, time beside bfloat16 | | 0.32 | decode_attention.int4_time_ratio
+    blocks of 16 by index, of the copy rate | % | 75% | sparse_decode_attention.block_fraction
+    single tokens by index, of the copy rate | % | 45% | sparse_decode_attention.token_fraction
+    blocks from pinned host memory, of the link's rate | % | 80% | sparse_decode_attention.host_block_fraction
+    tokens from pinned host memory, of the link's rate | % | 70% | sparse_decode_attention.host_token_fraction
+    chunked similarity, time beside reading K | | 1.40 | chunked_similarity.vs_read_k
+    scores by codebook beside q·K, 131,072 slots | x | 10.00x | vq_scores.vs_exact
+    2,048 of 131,072 beside `lax.top_k`, 64 rows | x | 8.00x | select_topk.vs_lax
+    sparse products beside dense, 50% zeros | x | 1.70x | sparse_matvec.speedup_50
+    sparse products beside dense, 70% zeros | x | 2.60x | sparse_matvec.speedup_70
+    without zeros, time beside dense | | 1.05 | sparse_matvec.time_ratio_0
+"""  # case, how its figure is written, what was wanted, claim
 _README = Path(__file__).parent.parent / "README.md"
 
 
@@ -19,7 +38,7 @@ def quoted(text: str) -> str:
     Raises:
         ValueError: where a marker is missing.
     """
-    for name, block in {"compare": _compare(), "peers": _peers()}.items():
+    for name, block in {"compare": _compare(), "peers": _peers(), "kernels": _kernels()}.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not (mark and end):
@@ -30,11 +49,18 @@ def quoted(text: str) -> str:
     return text
 
 
-def _newest(experiment: str) -> tuple[dict, str]:
-    """Returns the newest stored run of an experiment with its defaults, and its file."""
+def _newest(experiment: str, options: str | None = None) -> tuple[dict, str]:
+    """Returns the newest stored run of an experiment with its defaults, or that begins with options."""
+    command = f"python -m experiments.{experiment}"
     found = [(results.load(path), path) for path in (results.FOLDER / experiment).glob("*.json")]
     stored, path = max(
-        ((run, path) for run, path in found if run["command"] == f"python -m experiments.{experiment}"),
+        (
+            (run, path)
+            for run, path in found
+            if (
+                run["command"] == command if options is None else run["command"].startswith(command + options)
+            )
+        ),
         key=lambda pair: pair[0]["date"],
     )
     return stored, path.relative_to(_README.parent).as_posix()
@@ -75,6 +101,22 @@ def _peers() -> str:
         f"times as fast\nas transformers on torch, float32, medians of alternating runs "
         f"({_source(stored, path)}).\n"
     )
+
+
+def _kernels() -> str:
+    """Returns the worst case of each figure of the kernels beside what was wanted, and the decode step."""
+    stored, path = _newest("kernels", "")
+    lines = ["| the worst case of | measured | wanted |", "|---|---|---|"]
+    for row in _KERNELS.strip().splitlines():
+        case, how, wanted, claim = map(str.strip, row.split("|"))
+        value = stored["claims"][claim]
+        lines.append(f"| {case} | {f'{value:.0%}' if how == '%' else f'{value:.2f}{how}'} | {wanted} |")
+    step, step_path = _newest("decode", " speed")
+    for words, case in (("batch 1 at 8k", "b1_8k"), ("batch 8 at 32k", "b8_32k")):
+        value = step["claims"][f"full.fraction_{case}"]
+        lines.append(f"| whole decode step of 8B, {words}, of the byte limit | {value:.0%} | 85% |")
+    sources = f"({_source(stored, path)};\nthe step: [{step_path}]({step_path}))"
+    return "\n".join(lines) + f"\n\n{sources}\n"
 
 
 def main() -> None:

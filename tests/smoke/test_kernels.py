@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import pytest
 
-from experiments import kernel_peers, kernels
+from experiments import kernel_peers, kernels, results
 from pallas_kernels import timing
 from pallas_kernels.backend import Target, aim
 from pallas_kernels.decode_attention.specs import OP, DecodeSpec
@@ -82,7 +82,37 @@ def test_bad_options_are_refused(arguments, message, capsys):
 
 def test_cases_are_checked_by_interpreting(capsys):
     assert kernels.main(["--ops", "spvmm", "--interpret", "gpu"]) == 0
-    assert "spvmm" in capsys.readouterr().out
+    assert "b1-f2100-m1160-z70-bfloat16" in capsys.readouterr().out
+
+
+def test_the_table_shows_every_cell(capsys, monkeypatch, tmp_path):
+    row = {"name": "sparse_decode_attention", "spec": "b8-k8-g4-d128-s163840of32772-p16x256-bfloat16-host"}
+    row |= {"peer": "uniform heads", "floor_us": 2620.3, "time_us": 3067.1, "speedup": 1.25, "error": 3e-3}
+    stored = results.Results(tmp_path / "a.json", {}, (row,))
+    monkeypatch.setattr(kernels, "_check", lambda settings: None)
+    monkeypatch.setattr(kernels, "_timed", lambda settings: (stored, ["spvmm b1: it is wrong"]))
+    assert kernels.main([]) == 1, "a wrong kernel is no success"
+    out, error = capsys.readouterr()
+    assert all(
+        word in out for word in (row["name"], row["spec"], row["peer"], "2620", "3067", "1.25", "a.json")
+    )
+    assert "error: spvmm b1: it is wrong" in error
+
+
+def test_a_wrong_case_does_not_hide_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(timing, "_BEYOND_CACHE", 2**16)
+    monkeypatch.setattr(timing, "_SPAN_S", 1e-4)
+    monkeypatch.setattr(timing, "copy_rate", lambda: 1e9)
+    monkeypatch.setattr(timing, "host_copy_rate", lambda: 1e9)
+    monkeypatch.setattr(kernels, "PEERS", {})
+    spec = DecodeSpec(1, 4, 64, (64, 64), "float32", full=True, uses=("bench",))
+    wrong = type(OP)(lambda q, impl, **_: jnp.zeros_like(q) if impl != "reference" else q, OP.specs)
+    right = type(OP)(lambda q, impl, **_: q, OP.specs)
+    monkeypatch.setattr(kernels, "_chosen", lambda settings, use: [(wrong, spec), (right, spec)])
+    stored, faults = kernels._timed(kernels.Settings(samples=3, out=tmp_path))
+    assert len(stored.rows) == 1
+    (fault,) = faults
+    assert "is wrong: error 1" in fault
 
 
 def test_the_copy_rate_is_that_of_both_ways(monkeypatch):

@@ -36,6 +36,11 @@ def test_file_holds_header_rows_and_claims(tmp_path):
     assert os.listdir(written.path.parent) == [written.path.name], "no temporary file is left"
 
 
+def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVJAX_COMMIT", "0123abc")
+    assert start("tried", 0, folder=tmp_path).header["commit"] == "0123abc"
+
+
 def test_device_and_command_are_found_out(tmp_path):
     script = "from experiments.results import start; print(start('demo', 0, folder='.').header)"
     run = subprocess.run(
