@@ -1,7 +1,7 @@
-"""What the attention kernels in Pallas Triton share: rows of a store, online softmax, the join of splits.
+"""What the attention kernels in Pallas Triton share: queries, online softmax, the join of splits.
 
 Logits are in base 2. Arrays in Triton have sizes of powers of two: X pads G, E2 pads the channels.
-With 4-bit codes a row has two parts, the channels in the low and in the high halves of its bytes.
+Queries and sums have the parts of the rows, see `rows_gpu`.
 """
 
 import functools
@@ -13,21 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import AttentionForm, Codes, starts
-from pallas_kernels.backend import gpu_call, pl, program_id, triton
-from pallas_kernels.instructions import assemble, exp2, log2, multiply_add
+from pallas_kernels.backend import gpu_call, program_id, triton
+from pallas_kernels.instructions import exp2, log2, multiply_add
+from pallas_kernels.rows_gpu import lanes, n_parts
 
 __all__ = [
     "check",
-    "decode_rows",
     "fold",
     "join_splits",
     "load_queries",
-    "load_rows",
-    "n_parts",
     "nothing",
     "part_queries",
     "part_shapes",
-    "store_kind",
     "store_split",
     "walk",
 ]
@@ -52,16 +49,6 @@ def check(q: Any, k: Any, v: Any) -> None:
             raise NotImplementedError(f"k and v have the type of q, got {store.dtype} for {q.dtype}")
 
 
-def store_kind(store: Any) -> str:
-    """Returns the word for a store's elements in keys of settings."""
-    return f"int{store.bits}" if isinstance(store, Codes) else str(store.dtype)
-
-
-def n_parts(store: Any) -> int:
-    """Returns how many channels a stored element holds."""
-    return 8 // store.bits if isinstance(store, Codes) else 1
-
-
 def part_queries(q: jax.Array, k: Any) -> jax.Array:
     """Returns q as [B K G E parts]: the channels of one byte of k lie together."""
     return q.reshape(*q.shape[:3], q.shape[3] // n_parts(k), n_parts(k))
@@ -80,7 +67,7 @@ def part_shapes(q: Any, v: Any, n_splits: int) -> tuple[jax.ShapeDtypeStruct, ..
 def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Array]:
     """Loads the parts [X E2] of one head's queries."""
     group, width, parts = q_ref.shape[2:]
-    g, e = jnp.arange(_lanes(group)), jnp.arange(_lanes(width))
+    g, e = jnp.arange(lanes(group)), jnp.arange(lanes(width))
     mask = (g < group)[:, None] & (e < width)[None, :]
     return [
         triton.load(q_ref.at[batch, head, g[:, None], e[None, :], i], mask=mask, other=0)
@@ -88,111 +75,11 @@ def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Arra
     ]
 
 
-def load_rows(store: Any, place: tuple, alive: jax.Array) -> tuple:
-    """Loads rows of a store as they lie, for `decode_rows`.
-
-    place: batch row, packed rows [P], and the block of scales of each [P] or of the first, where
-    rows follow each other. alive: [P], rows to load; the others are zeros.
-    """
-    batch, row, code_block = place
-    codes = store.codes if isinstance(store, Codes) else store
-    channel = jnp.arange(_lanes(codes.shape[-1]))
-    mask = alive[:, None] & (channel < codes.shape[-1])[None, :]
-    if not isinstance(store, Codes):
-        return (triton.load(codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0),)
-    per = store.block if store.block is not None and not code_block.ndim else row.shape[0]
-    n = row.shape[0] // per
-    row, alive, mask = row.reshape(n, per), alive.reshape(n, per), mask.reshape(n, per, channel.size)
-    x = triton.load(codes.at[batch, row[:, :, None], channel[None, None, :]], mask=mask, other=0)
-    code_block = code_block.reshape(n, per) if code_block.ndim else code_block
-    scales = (_scales(store, ref, (batch, row, code_block), alive) for ref in (store.scale, store.zero))
-    return (x, *scales)
-
-
-def _scales(store: Codes, ref: Any, place: tuple, alive: jax.Array) -> jax.Array:
-    """Loads scales, or zeros, of rows [N P]: [N P], or [N E2 parts] per block, or [N P E2 parts]."""
-    batch, row, code_block = place
-    if store.block is None:
-        return triton.load(ref.at[batch, row, 0], mask=alive, other=0)
-    parts, width = n_parts(store), store.codes.shape[-1]
-    channel, part = jnp.arange(_lanes(width)), jnp.arange(parts)
-    if code_block.ndim:  # rows from anywhere
-        mask = alive
-    else:  # the blocks that follow; beyond the last slot it does not matter which
-        code_block = jnp.minimum(code_block + jnp.arange(row.shape[0]), ref.shape[1] - 1)
-        mask = jnp.full(code_block.shape, True)
-    lead = (1,) * code_block.ndim
-    at = (channel[:, None] * parts + part[None, :]).reshape(*lead, -1, parts)  # as they lie
-    mask = mask[..., None, None] & (channel < width).reshape(*lead, -1, 1)
-    return triton.load(ref.at[batch, code_block[..., None, None], at], mask=mask, other=0)
-
-
-def decode_rows(store: Any, loaded: tuple, alive: jax.Array | None, dtype: Any) -> list[jax.Array]:
-    """Returns what `load_rows` loaded as parts, each [P E2]; of those not alive, zeros.
-
-    Codes become float16, whose 11 bits hold them and which a byte becomes in one instruction; with
-    float32 queries they become float32. None for alive: what the others are does not matter.
-    """
-    if not isinstance(store, Codes):
-        return list(loaded)
-    dtype = jnp.float32 if dtype == jnp.float32 else jnp.float16
-    x, scale, zero = loaded
-    alive = None if alive is None else alive.reshape(x.shape[:2])
-    if store.block is None:
-        zeroed = lambda y: y if alive is None else jnp.where(alive, y, jnp.zeros_like(y))  # noqa: E731
-        scales, zeros = ([zeroed(y).astype(dtype)[:, :, None]] * n_parts(store) for y in (scale, zero))
-    else:
-        scales, zeros = (_split_parts(y, dtype) for y in (scale, zero))
-    parts = [_decode(x, store.bits, i, *y) for i, y in enumerate(zip(scales, zeros, strict=True))]
-    if store.block is not None and alive is not None:
-        parts = [jnp.where(alive[:, :, None], part, 0) for part in parts]
-    return [part.reshape(-1, part.shape[-1]) for part in parts]
-
-
-def _split_parts(x: jax.Array, dtype: Any) -> list[jax.Array]:
-    """Returns the parts of scales [.. E2 parts] as [N P E2] or [N 1 E2]."""
-    part, x32 = jnp.arange(x.shape[-1]), x.astype(jnp.float32)
-    each = [jnp.sum(jnp.where(part == j, x32, 0.0), axis=-1).astype(dtype) for j in range(part.size)]
-    return [y if y.ndim == 3 else y[:, None] for y in each]
-
-
-# Four bytes, with a scale and a zero each, become float16: a code in the low bits of 1024, less 1024.
-_DECODE = """{
-    .reg .b32 code, one;
-    mov.b32 one, 0x64006400;
-    %s
-    prmt.b32 $0, code, one, 0x5150;
-    prmt.b32 $1, code, one, 0x5352;
-    sub.f16x2 $0, $0, one;
-    sub.f16x2 $1, $1, one;
-    fma.rn.f16x2 $0, $0, $3, $5;
-    fma.rn.f16x2 $1, $1, $4, $6;
-}"""
-_PICK = {  # by bits and part
-    (8, 0): "mov.b32 code, $2;",
-    (4, 0): "and.b32 code, $2, 0x0f0f0f0f;",
-    (4, 1): "shr.u32 code, $2, 4; and.b32 code, code, 0x0f0f0f0f;",
-}
-
-
-def _decode(byte: jax.Array, bits: int, part: int, scale: jax.Array, zero: jax.Array) -> jax.Array:
-    """Returns code * scale + zero, of all bits or of those in one half of a byte."""
-
-    def plain(byte, scale, zero):
-        code = byte if bits == 8 else byte >> 4 if part else byte & 15
-        return code.astype(scale.dtype) * scale + zero
-
-    if scale.dtype == jnp.float32:
-        return plain(byte, scale, zero)
-    options = {"dtype": scale.dtype, "constraints": "=&r,=&r,r,r,r,r,r", "pack": 4}
-    return assemble(_DECODE % _PICK[bits, part], byte, scale, zero, plain=plain, **options)
-
-
 def nothing(out_ref: Any) -> tuple:
     """Returns the state of softmax before the first tile: largest logit, sum of weights, parts of the sum."""
     group, width, parts = out_ref.shape[2:]
-    rows = _lanes(group)
-    out = tuple(jnp.zeros((rows, _lanes(width)), jnp.float32) for _ in range(parts))
+    rows = lanes(group)
+    out = tuple(jnp.zeros((rows, lanes(width)), jnp.float32) for _ in range(parts))
     return jnp.full((rows,), _LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), out
 
 
@@ -245,7 +132,7 @@ def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple) ->
     out_ref, top_ref, total_ref = refs
     group, width = out_ref.shape[2:4]
     top, total, out = state
-    g, e = jnp.arange(_lanes(group)), jnp.arange(_lanes(width))
+    g, e = jnp.arange(lanes(group)), jnp.arange(lanes(width))
     triton.store(top_ref.at[batch, item, g], top, mask=g < group)
     triton.store(total_ref.at[batch, item, g], total, mask=g < group)
     mask = (g < group)[:, None] & (e < width)[None, :]
@@ -284,8 +171,8 @@ def _join(
     batch, head, g = program_id(0), program_id(1), program_id(2)
     first, n = spans_ref[head, 0], spans_ref[head, 1]
     size = out_ref.shape[-1]
-    step_size, lanes = min(64, _lanes(n_most)), _lanes(size)
-    item, d = jnp.arange(_lanes(n_most)), jnp.arange(lanes)
+    step_size, width = min(64, lanes(n_most)), lanes(size)
+    item, d = jnp.arange(lanes(n_most)), jnp.arange(width)
     top = triton.load(top_ref.at[batch, first + item, g], mask=item < n, other=_LOWEST)
     most = jnp.max(top, axis=0)
     weight = jnp.exp2(top - most)
@@ -300,15 +187,11 @@ def _join(
         part = triton.load(part_ref.at[batch, (first + at)[:, None], g, d[None, :]], mask=mask, other=0.0)
         return out + jnp.sum(jnp.exp2(top - most)[:, None] * part, axis=0)
 
-    out = jax.lax.fori_loop(0, (n + step_size - 1) // step_size, step, jnp.zeros((lanes,), jnp.float32))
+    out = jax.lax.fori_loop(0, (n + step_size - 1) // step_size, step, jnp.zeros((width,), jnp.float32))
     out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
     triton.store(out_ref.at[batch, head, g, d], out.astype(out_ref.dtype), mask=d < size)
     lse = jnp.where(total > 0, (most + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2E, -jnp.inf)
     lse_ref[batch, head, g] = lse
-
-
-def _lanes(n: int) -> int:
-    return max(16, pl.next_power_of_2(n))
 
 
 def _dot(a, b):

@@ -29,7 +29,8 @@ def decode_attention(
 
     Args:
         q: rotated queries, float32, bfloat16 or float16.
-        k, v: rows [B R D] of q's type, or `Codes` of them. R = Σ form.slots.
+        k, v: rows [B R D] of q's type, or `Codes` of them, which a GPU decodes to float16 (beyond
+            65,504 they overflow) unless q is float32. R = Σ form.slots.
         mass: tokens that each slot stands for.
         length: slots of each head that may count; None for all.
         form: capacities of the heads, scale, soft cap, and whether to return the log-sum-exp.

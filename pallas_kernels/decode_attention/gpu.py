@@ -15,6 +15,7 @@ from pallas_kernels import attention_gpu as shared
 from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, program_id, triton
+from pallas_kernels.rows_gpu import decode_rows, load_rows, store_kind
 
 __all__ = ["Settings", "run"]
 
@@ -41,7 +42,7 @@ def run(q, k, v, mass, length, *, form: AttentionForm):
     chosen = tuning.settings(
         "decode_attention",
         Settings(block=32, stages=2) if wide else Settings(),
-        dtype=shared.store_kind(k),
+        dtype=store_kind(k),
         head_dim=size,
         group=group,
         rows=batch * sum(form.slots),
@@ -122,12 +123,12 @@ def _split(
         place = (batch, row + at, code_block + i * (block // unit))
         # Codes are numbers, whatever the mass of their slot, and so need not wait for it.
         needed = alive if isinstance(v_ref, Codes) else mass > 0
-        return shared.load_rows(k_ref, place, alive), shared.load_rows(v_ref, place, needed), mass
+        return load_rows(k_ref, place, alive), load_rows(v_ref, place, needed), mass
 
     def use(state, tile):
         keys, values, mass = tile
-        keys = shared.decode_rows(k_ref, keys, None, dtype)
-        values = shared.decode_rows(v_ref, values, mass > 0, dtype)
+        keys = decode_rows(k_ref, keys, None, dtype)
+        values = decode_rows(v_ref, values, mass > 0, dtype)
         return shared.fold(state, q, keys, values, mass, form, factor)
 
     ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)

@@ -38,7 +38,8 @@ def sparse_decode_attention(
 
     Args:
         q: rotated queries, float32, bfloat16 or float16.
-        k, v: rows [B R D] of q's type, or `Codes` of them. R = Σ form.slots.
+        k, v: rows [B R D] of q's type, or `Codes` of them, which a GPU decodes to float16 (beyond
+            65,504 they overflow) unless q is float32. R = Σ form.slots.
         mass: tokens that each slot stands for.
         idx: blocks that each KV head reads, counted from its first slot; -1 is none, and reads
             nothing. Give each block once: one given twice counts twice. Fastest with none at the end.

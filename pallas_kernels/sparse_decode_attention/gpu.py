@@ -16,6 +16,7 @@ from pallas_kernels import attention_gpu as shared
 from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.rows_gpu import decode_rows, load_rows, store_kind
 
 __all__ = ["Settings", "run"]
 
@@ -43,7 +44,7 @@ def run(q, k, v, mass, idx, *, form: AttentionForm, block: int):
     chosen = tuning.settings(
         "sparse_decode_attention",
         Settings(programs=2112) if host else Settings(),  # the bus wants more loads under way than HBM
-        dtype=shared.store_kind(k),
+        dtype=store_kind(k),
         memory="host" if host else "device",
         head_dim=size,
         group=group,
@@ -115,7 +116,7 @@ def _split(
         def rows(store, code_block, alive):
             if isinstance(store, Codes) and store.block is not None:
                 code_block = code_block + jax.lax.div(slot, store.block)
-            return shared.load_rows(store, (batch, first + slot, code_block), alive)
+            return load_rows(store, (batch, first + slot, code_block), alive)
 
         # Codes are numbers, whatever the mass of their slot, and so need not wait for it.
         needed = alive if isinstance(v_ref, Codes) else mass > 0
@@ -123,8 +124,8 @@ def _split(
 
     def use(state, tile):
         keys, values, mass = tile
-        keys = shared.decode_rows(k_ref, keys, None, dtype)
-        values = shared.decode_rows(v_ref, values, mass > 0, dtype)
+        keys = decode_rows(k_ref, keys, None, dtype)
+        values = decode_rows(v_ref, values, mass > 0, dtype)
         return shared.fold(state, q, keys, values, mass, form, factor)
 
     ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)
