@@ -15,18 +15,17 @@ import numpy as np
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, program_id, triton
 from pallas_kernels.instructions import exp2, log2, multiply_add
-from pallas_kernels.rows_gpu import lanes, n_parts
+from pallas_kernels.rows_gpu import decode_rows, lanes, n_parts
 
 __all__ = [
+    "attend",
     "check",
-    "fold",
     "join_splits",
     "load_queries",
-    "nothing",
+    "needed",
     "part_queries",
     "part_shapes",
     "store_split",
-    "walk",
 ]
 
 _LOWEST = -1e30  # below every logit, and finite: differences of two stay numbers
@@ -75,7 +74,7 @@ def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Arra
     ]
 
 
-def nothing(out_ref: Any) -> tuple:
+def _nothing(out_ref: Any) -> tuple:
     """Returns the state of softmax before the first tile: largest logit, sum of weights, parts of the sum."""
     group, width, parts = out_ref.shape[2:]
     rows = lanes(group)
@@ -83,7 +82,7 @@ def nothing(out_ref: Any) -> tuple:
     return jnp.full((rows,), _LOWEST, jnp.float32), jnp.zeros((rows,), jnp.float32), out
 
 
-def fold(
+def _fold(
     state: tuple,
     q: list[jax.Array],
     keys: list[jax.Array],
@@ -111,20 +110,42 @@ def fold(
     return new, total, out
 
 
-def walk(n_steps: jax.Array, load: Callable[[jax.Array], tuple], use: Callable, state: Any, ahead: bool):
-    """Returns the state after use(state, load(i)) for every step i.
+def attend(
+    n_steps: jax.Array,
+    load: Callable[[jax.Array], tuple],
+    stores: tuple[Any, Any],
+    q: list[jax.Array],
+    out_ref: Any,
+    form: AttentionForm,
+    factor: float,
+) -> tuple:
+    """Returns the state of softmax over the tiles of all steps.
 
-    ahead: a step loads what the next one uses. The compiler itself loads rows ahead, but in the order
-    of the matrix units, which for codes is byte by byte; what a loop carries it moves whole.
+    load: gives the keys and values of a step, as `load_rows` does, and their masses [P].
     """
-    if not ahead:
-        return jax.lax.fori_loop(0, n_steps, lambda i, state: use(state, load(i)), state)
 
-    def step(i, carry):
+    def use(state, tile):
+        k, v, mass = tile
+        keys = decode_rows(stores[0], k, None, q[0].dtype)
+        values = decode_rows(stores[1], v, mass > 0, q[0].dtype)
+        return _fold(state, q, keys, values, mass, form, factor)
+
+    def ahead(i, carry):  # uses what the step before loaded
+        state, tile = carry
         after = load(i + 1)
-        return use(carry[0], carry[1]), after
+        return use(state, tile), after
 
-    return jax.lax.fori_loop(0, n_steps, step, (state, load(0)))[0]
+    start = _nothing(out_ref)
+    if not any(isinstance(store, Codes) for store in stores):
+        return jax.lax.fori_loop(0, n_steps, lambda i, state: use(state, load(i)), start)
+    # The compiler itself loads rows ahead, but in the order of the matrix units, which for codes is
+    # byte by byte; what a loop carries it moves whole.
+    return jax.lax.fori_loop(0, n_steps, ahead, (start, load(0)))[0]
+
+
+def needed(store: Any, alive: jax.Array, mass: jax.Array) -> jax.Array:
+    """Returns which values to load: rows may hold NaN where the mass is 0, codes need not wait for it."""
+    return alive if isinstance(store, Codes) else mass > 0
 
 
 def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple) -> None:

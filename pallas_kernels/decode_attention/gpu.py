@@ -15,7 +15,7 @@ from pallas_kernels import attention_gpu as shared
 from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, program_id, triton
-from pallas_kernels.rows_gpu import decode_rows, load_rows, store_kind
+from pallas_kernels.rows_gpu import load_rows, store_kind
 
 __all__ = ["Settings", "run"]
 
@@ -113,7 +113,6 @@ def _split(
     batch, item = program_id(0), program_id(1)
     head, first, row, code_block = (items_ref[item, i] for i in range(4))
     q = shared.load_queries(q_ref, batch, head)
-    dtype = q_ref.dtype
     n = jnp.clip(length_ref[batch, head] - first, 0, items_ref[item, 4])
 
     def load(i):
@@ -121,16 +120,9 @@ def _split(
         alive = at < n
         mass = triton.load(mass_ref.at[batch, row + at], mask=alive, other=0)
         place = (batch, row + at, code_block + i * (block // unit))
-        # Codes are numbers, whatever the mass of their slot, and so need not wait for it.
-        needed = alive if isinstance(v_ref, Codes) else mass > 0
-        return load_rows(k_ref, place, alive), load_rows(v_ref, place, needed), mass
+        keys = load_rows(k_ref, place, alive)
+        return keys, load_rows(v_ref, place, shared.needed(v_ref, alive, mass)), mass
 
-    def use(state, tile):
-        keys, values, mass = tile
-        keys = decode_rows(k_ref, keys, None, dtype)
-        values = decode_rows(v_ref, values, mass > 0, dtype)
-        return shared.fold(state, q, keys, values, mass, form, factor)
-
-    ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)
-    state = shared.walk((n + block - 1) // block, load, use, shared.nothing(out_ref), ahead)
+    n_steps = (n + block - 1) // block
+    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_ref, form, factor)
     shared.store_split(state, batch, item, (out_ref, top_ref, total_ref))

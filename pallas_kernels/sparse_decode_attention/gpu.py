@@ -16,7 +16,7 @@ from pallas_kernels import attention_gpu as shared
 from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
-from pallas_kernels.rows_gpu import decode_rows, load_rows, store_kind
+from pallas_kernels.rows_gpu import load_rows, store_kind
 
 __all__ = ["Settings", "run"]
 
@@ -92,7 +92,6 @@ def _split(
     batch, head, item = program_id(0), program_id(1), program_id(2)
     first, size, *code_blocks = (heads_ref[head, i] for i in range(4))
     n_slots = idx_ref.shape[2] * block
-    dtype = q_ref.dtype
     q = shared.load_queries(q_ref, batch, head)
 
     def blocks(at):
@@ -118,17 +117,10 @@ def _split(
                 code_block = code_block + jax.lax.div(slot, store.block)
             return load_rows(store, (batch, first + slot, code_block), alive)
 
-        # Codes are numbers, whatever the mass of their slot, and so need not wait for it.
-        needed = alive if isinstance(v_ref, Codes) else mass > 0
-        return rows(k_ref, code_blocks[0], alive), rows(v_ref, code_blocks[1], needed), mass
+        values = rows(v_ref, code_blocks[1], shared.needed(v_ref, alive, mass))
+        return rows(k_ref, code_blocks[0], alive), values, mass
 
-    def use(state, tile):
-        keys, values, mass = tile
-        keys = decode_rows(k_ref, keys, None, dtype)
-        values = decode_rows(v_ref, values, mass > 0, dtype)
-        return shared.fold(state, q, keys, values, mass, form, factor)
-
-    ahead = isinstance(k_ref, Codes) or isinstance(v_ref, Codes)
-    state = shared.walk((n + tile - 1) // tile, load, use, shared.nothing(out_ref), ahead)
+    n_steps = (n + tile - 1) // tile
+    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_ref, form, factor)
     item = head * pl.num_programs(2) + item
     shared.store_split(state, batch, item, (out_ref, top_ref, total_ref))
