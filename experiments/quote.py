@@ -106,7 +106,7 @@ def _peers() -> str:
 def _kernels() -> str:
     """Returns the worst case of each figure of the kernels beside what was wanted, and the decode step."""
     stored, path = _newest("kernels", "")
-    lines = ["| the worst case of | measured | wanted |", "|---|---|---|"]
+    lines = ["| the worst case of (x: times as fast) | measured | wanted |", "|---|---|---|"]
     for row in _KERNELS.strip().splitlines():
         case, how, wanted, claim = map(str.strip, row.split("|"))
         value = stored["claims"][claim]
