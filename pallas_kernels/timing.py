@@ -31,11 +31,7 @@ def input_sets(spec: Spec, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def layers(run: Callable[[Any], Any], sets: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
-    """Compiles a function of one input set into a program of several ("layers").
-
-    Args:
-        sets: the inputs, or their shapes.
-    """
+    """Compiles a function of one input set into a program of several ("layers")."""
     layer = jax.jit(run)  # traced once, and not once per layer
     return jax.jit(lambda sets: [layer(x) for x in sets]).lower(sets).compile()
 

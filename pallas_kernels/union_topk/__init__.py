@@ -20,7 +20,8 @@ def union_topk(
     `limit` of largest rank stay, of equal ranks the first; where there are fewer, -1 fills the end.
 
     Args:
-        scores: float32, bfloat16 or float16; -inf where there is nothing to choose.
+        scores: float32, bfloat16 or float16; -inf where there is nothing to choose. A CPU may take
+            subnormal numbers for zeros where it compares heads.
         k: how many each query head chooses, from 1 to S; static.
         limit: room for the union, from 1 to S; None for what always fits, the lesser of G·k and S.
         impl: None, "reference", "gpu" or "tpu", see `dispatch`.
