@@ -4,8 +4,8 @@ Each line is one case: the time that its bytes need at the copy rate measured in
 median time of the kernel, their ratio, the peers' times and the error against the reference. Peers
 and kernel take turns; several input sets, larger than the cache together, run in one program.
 
-On a machine without an accelerator, `--interpret` runs the test cases in the interpreters and
-prints errors only: it times nothing.
+`--check` runs the test cases, which are small, odd and full of what must not be read, and prints
+their errors only; so does `--interpret`, in the interpreters, on a machine without an accelerator.
 """
 
 import math
@@ -72,6 +72,7 @@ class Settings:
     Args:
         ops: which to run, all by default.
         cases: those whose name "op case" this regular expression finds.
+        check: compare the test cases, compiled for this accelerator, with the references; time nothing.
         interpret: "gpu" or "tpu", to check without an accelerator.
         samples: of each program; their median counts.
         seed: of the inputs.
@@ -80,6 +81,7 @@ class Settings:
 
     ops: tuple[str, ...] = ()
     cases: str = ""
+    check: bool = False
     interpret: str | None = None
     samples: int = 15
     seed: int = 0
@@ -93,28 +95,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = options.parse(Settings, sys.argv[1:] if arguments is None else arguments, __doc__)
         _check(settings)
-        if settings.interpret:
-            out.print(_table(list(_interpreted(settings)), "error"))
-        else:
-            stored, faults = _timed(settings)
-            out.print(_table(stored.rows, "time"))
-            out.print(str(stored.path), soft_wrap=True, highlight=False)
-            for fault in faults:
-                console.print(f"error: {fault}", style="red", highlight=False, markup=False)
-            return min(1, len(faults))
+        if settings.check or settings.interpret:
+            rows = list(_checked(settings))
+            out.print(_table(rows, "error"))
+            return int(any(not row["error"] <= row["limit"] for row in rows))
+        stored, faults = _timed(settings)
+        out.print(_table(stored.rows, "time"))
+        out.print(str(stored.path), soft_wrap=True, highlight=False)
+        for fault in faults:
+            console.print(f"error: {fault}", style="red", highlight=False, markup=False)
+        return min(1, len(faults))
     except ValueError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 2
     except OSError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False)
         return 1
-    return 0
 
 
 def _check(settings: Settings) -> None:
     if unknown := set(settings.ops) - ops().keys():
         raise ValueError(f"an op is one of {', '.join(ops())}, got {sorted(unknown)}")
-    if not any(_chosen(settings, "test" if settings.interpret else "bench")):
+    if not any(_chosen(settings, "test" if settings.check or settings.interpret else "bench")):
         raise ValueError(f"a case has the pattern in its name, got {settings.cases=}, which none has")
     if settings.interpret not in (None, "gpu", "tpu"):
         raise ValueError(f"kernels of gpu or tpu are interpreted, got {settings.interpret=}")
@@ -134,12 +136,15 @@ def _chosen(settings: Settings, use: str) -> Iterator[tuple[Op, Spec]]:
                     yield op, spec
 
 
-def _interpreted(settings: Settings) -> Iterator[dict[str, Any]]:
+def _checked(settings: Settings) -> Iterator[dict[str, Any]]:
     """Yields the error of every test case against the reference."""
+    at = backend.target()
+    if settings.interpret:
+        at = backend.Target(settings.interpret, "interpreted", "forward")
     for op, spec in _chosen(settings, "test"):
-        arrays = spec.arrays(jax.random.key(settings.seed))
-        with backend.aim(backend.Target(settings.interpret, "interpreted", "forward")):
-            out = op.call(**arrays, **spec.options(), impl=settings.interpret)
+        arrays = jax.jit(spec.arrays)(jax.random.key(settings.seed))
+        with backend.aim(at):
+            out = op.call(**arrays, **spec.options(), impl=at.platform)
         expected = op.call(**arrays, **spec.options(), impl="reference")
         error = op.error(out, expected, arrays | spec.options())
         yield {"name": op.name, "spec": spec.name, "error": error, "limit": spec.limit()}
@@ -237,7 +242,11 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], what: str) -> Table:
-    table = Table(title=f"kernels on {backend.target().device}" if what == "time" else "kernels, interpreted")
+    table = Table(
+        title=f"kernels on {backend.target().device}"
+        if what == "time"
+        else "kernels against their references"
+    )
     columns = {
         "time": ("floor_us", "time_us", "spread_us", "fraction", "peer", "peer_us", "speedup", "error"),
         "error": ("error", "limit"),
