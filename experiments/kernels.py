@@ -98,6 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings.check or settings.interpret:
             rows = list(_checked(settings))
             out.print(_table(rows, "error"))
+            if settings.check:
+                stored = _start("kernel_checks", settings)
+                for row in rows:
+                    stored = stored.add({"name": row.pop("name"), "spec": row.pop("spec")}, row)
+                out.print(str(stored.path), soft_wrap=True, highlight=False)
             return int(any(not row["error"] <= row["limit"] for row in rows))
         stored, faults = _timed(settings)
         out.print(_table(stored.rows, "time"))
@@ -136,25 +141,35 @@ def _chosen(settings: Settings, use: str) -> Iterator[tuple[Op, Spec]]:
                     yield op, spec
 
 
+def _start(experiment: str, settings: Settings) -> results.Results:
+    """Begins a stored run."""
+    arguments = map(shlex.quote, options.as_arguments(settings, skip=("out",)))
+    command = " ".join(["python -m experiments.kernels", *arguments])
+    return results.start(experiment, settings.seed, folder=settings.out, command=command)
+
+
 def _checked(settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yields the error of every test case against the reference."""
+    """Yields the error of every test case against the reference; compiles them side by side."""
     at = backend.target()
     if settings.interpret:
         at = backend.Target(settings.interpret, "interpreted", "forward")
-    for op, spec in _chosen(settings, "test"):
+
+    def error(op: Op, spec: Spec) -> float:
         arrays = jax.jit(spec.arrays)(jax.random.key(settings.seed))
+        run = lambda impl: jax.jit(lambda x: op.call(**x, **spec.options(), impl=impl))(arrays)  # noqa: E731
         with backend.aim(at):
-            out = op.call(**arrays, **spec.options(), impl=at.platform)
-        expected = op.call(**arrays, **spec.options(), impl="reference")
-        error = op.error(out, expected, arrays | spec.options())
-        yield {"name": op.name, "spec": spec.name, "error": error, "limit": spec.limit()}
+            out = run(at.platform)
+        return op.error(out, run("reference"), arrays | spec.options())
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        errors = [(op, spec, pool.submit(error, op, spec)) for op, spec in _chosen(settings, "test")]
+    for op, spec, found in errors:
+        yield {"name": op.name, "spec": spec.name, "error": found.result(), "limit": spec.limit()}
 
 
 def _timed(settings: Settings) -> tuple[results.Results, list[str]]:
     """Compiles all programs side by side, then times them; returns also what went wrong with which case."""
-    arguments = map(shlex.quote, options.as_arguments(settings, skip=("out",)))
-    stored = results.start("kernels", settings.seed, folder=settings.out, command=" ".join(
-        ["python -m experiments.kernels", *arguments]))  # fmt: skip
+    stored = _start("kernels", settings)
     rates = {"device": timing.copy_rate(), _LINK: timing.host_copy_rate()}
     stored = stored.claim({f"copy_gb_per_s.{name}": rate / 1e9 for name, rate in rates.items()})
     with ThreadPoolExecutor(max_workers=8) as pool:  # each holds an input set
@@ -242,11 +257,8 @@ def claims(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], what: str) -> Table:
-    table = Table(
-        title=f"kernels on {backend.target().device}"
-        if what == "time"
-        else "kernels against their references"
-    )
+    title = f"kernels on {backend.target().device}" if what == "time" else "kernels against references"
+    table = Table(title=title)
     columns = {
         "time": ("floor_us", "time_us", "spread_us", "fraction", "peer", "peer_us", "speedup", "error"),
         "error": ("error", "limit"),
