@@ -117,8 +117,8 @@ def _split(
                 code_block = code_block + jax.lax.div(slot, store.block)
             return load_rows(store, (batch, first + slot, code_block), alive)
 
-        values = rows(v_ref, code_blocks[1], shared.needed(v_ref, alive, mass))
-        return rows(k_ref, code_blocks[0], alive), values, mass
+        keys = rows(k_ref, code_blocks[0], alive)  # asked for first: values wait for the masses
+        return keys, rows(v_ref, code_blocks[1], shared.needed(v_ref, alive, mass)), mass
 
     n_steps = (n + tile - 1) // tile
     state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_ref, form, factor)
