@@ -42,7 +42,10 @@ def run(x, w, scale):
         default = Settings(loads=8, warps=4)
     else:
         default = Settings(warps=4 if w.dtype == jnp.int8 else 8)  # codes take more registers
-    key = {"dtype": w.dtype.name, "batch": batch, "rows": n_rows, "width": width}
+    key = {
+        "dtype": w.dtype.name, "inputs": x.dtype.name, "kernel": "batch" if batch > 1 else "one",
+        "batch": batch, "rows": n_rows, "width": width,
+    }  # fmt: skip
     chosen = tuning.settings("spvmm", default, **key)
     columns, loads = chosen.columns, chosen.loads
     rows = max(1, chosen.warps * 32 * (16 // w.dtype.itemsize) // columns)  # of one load

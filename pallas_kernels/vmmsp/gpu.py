@@ -39,7 +39,10 @@ def run(x, gate, w_t, scale):
     default = (
         Settings() if batch == 1 else Settings(rows=16, loads=8 // (x.dtype.itemsize // w_t.dtype.itemsize))
     )
-    key = {"dtype": w_t.dtype.name, "batch": batch, "rows": n_rows, "width": width}
+    key = {
+        "dtype": w_t.dtype.name, "inputs": x.dtype.name, "kernel": "batch" if batch > 1 else "one",
+        "batch": batch, "rows": n_rows, "width": width,
+    }  # fmt: skip
     chosen = tuning.settings("vmmsp", default, **key)
     rows = chosen.rows if batch == 1 else max(16, chosen.rows)  # of the tensor cores
     columns = max(16, chosen.warps * 32 * (16 // w_t.dtype.itemsize) // rows)
