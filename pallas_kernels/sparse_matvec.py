@@ -10,7 +10,7 @@ from jaxtyping import Array
 from pallas_kernels import tolerance
 from pallas_kernels.op import Spec
 
-__all__ = ["CASES", "MatvecSpec", "block_order", "check_weights", "refuse"]
+__all__ = ["CASES", "MatvecSpec", "block_order", "check_weights", "refuse", "settings_key"]
 
 _MAX_BATCH = 8
 
@@ -52,6 +52,16 @@ def refuse(x: Array, w: Array, types: tuple[str, ...]) -> None:
         raise NotImplementedError(f"the kernel takes {', '.join(types)}, got {x.dtype=}: convert x")
     if w.dtype not in (x.dtype, jnp.int8):
         raise NotImplementedError(f"weights are int8 or of x's type, got {w.dtype} for {x.dtype}: convert w")
+
+
+def settings_key(x: Array, w: Array) -> dict[str, int | str]:
+    """Returns what the best settings of a GPU kernel for weights [F M] depend on.
+
+    What does not fit a multiprocessor's shared memory differs by words: the types, and which of the op's two
+    kernels runs.
+    """
+    words = {"dtype": w.dtype.name, "inputs": x.dtype.name, "kernel": "batch" if x.shape[0] > 1 else "one"}
+    return words | {"batch": x.shape[0], "rows": w.shape[0], "width": w.shape[1]}
 
 
 def block_order(active: Array, rows: int) -> tuple[Array, Array]:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.instructions import multiply_add
-from pallas_kernels.sparse_matvec import refuse
+from pallas_kernels.sparse_matvec import refuse, settings_key
 
 __all__ = ["Settings", "run"]
 
@@ -42,11 +42,7 @@ def run(x, w, scale):
         default = Settings(loads=8, warps=4)
     else:
         default = Settings(warps=4 if w.dtype == jnp.int8 else 8)  # codes take more registers
-    key = {
-        "dtype": w.dtype.name, "inputs": x.dtype.name, "kernel": "batch" if batch > 1 else "one",
-        "batch": batch, "rows": n_rows, "width": width,
-    }  # fmt: skip
-    chosen = tuning.settings("spvmm", default, **key)
+    chosen = tuning.settings("spvmm", default, **settings_key(x, w))
     columns, loads = chosen.columns, chosen.loads
     rows = max(1, chosen.warps * 32 * (16 // w.dtype.itemsize) // columns)  # of one load
     if batch > 1:

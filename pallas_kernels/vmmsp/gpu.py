@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.instructions import multiply_add
-from pallas_kernels.sparse_matvec import refuse
+from pallas_kernels.sparse_matvec import refuse, settings_key
 
 __all__ = ["Settings", "run"]
 
@@ -34,16 +34,12 @@ def run(x, gate, w_t, scale):
         NotImplementedError: for batches and types that the kernel does not take.
     """
     refuse(x, w_t, ("float32", "bfloat16", "float16"))
-    batch, (n_rows, width) = x.shape[0], w_t.shape
+    batch, n_rows = x.shape[0], w_t.shape[0]
     # A tile of a batch lies in shared memory in the type of x, of which an L4 has 99 KiB.
     default = (
         Settings() if batch == 1 else Settings(rows=16, loads=8 // (x.dtype.itemsize // w_t.dtype.itemsize))
     )
-    key = {
-        "dtype": w_t.dtype.name, "inputs": x.dtype.name, "kernel": "batch" if batch > 1 else "one",
-        "batch": batch, "rows": n_rows, "width": width,
-    }  # fmt: skip
-    chosen = tuning.settings("vmmsp", default, **key)
+    chosen = tuning.settings("vmmsp", default, **settings_key(x, w_t))
     rows = chosen.rows if batch == 1 else max(16, chosen.rows)  # of the tensor cores
     columns = max(16, chosen.warps * 32 * (16 // w_t.dtype.itemsize) // rows)
     return gpu_call(

@@ -202,3 +202,17 @@ def test_kernels_say_what_they_do_not_take(at, batch, dtype, weights, message):
         spvmm(gate, w, impl=at.platform)
     with aim(at), pytest.raises(NotImplementedError, match=message):
         vmmsp(x, gate, w, impl=at.platform)
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize(("batch", "inputs"), [(4, "float32"), (1, "float32"), (4, "bfloat16")])
+def test_settings_are_not_taken_from_other_types_or_the_other_kernel(name, batch, inputs):
+    """Seen: tiles found for bfloat16 took more shared memory than there is with float32 inputs."""
+    op, gated = OPS[name]
+    spec = MatvecSpec(batch, 300, 200, 0.7, inputs, True, gated=gated)
+    chosen = []
+    for device in ("NVIDIA H100 80GB HBM3", "a GPU without stored settings"):
+        with aim(Target("gpu", device, "forward")), tuning.watch() as asked:
+            jax.eval_shape(lambda x: op.call(**x, impl="gpu"), make(spec))
+        chosen.append(asked[name][0])
+    assert chosen[0] == chosen[1]
