@@ -72,6 +72,7 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         ([], "timed on a GPU or TPU, got platform 'cpu'"),
         (["--ops", "decode"], r"got ['decode']"),
         (["--cases", "b9"], "got settings.cases='b9', which none has"),
+        (["--interpret", "gpu", "--check"], "compiled or interpreted, got --check and"),
         (["--interpret", "cuda"], "interpreted, got settings.interpret='cuda'"),
     ],
 )
@@ -83,6 +84,18 @@ def test_bad_options_are_refused(arguments, message, capsys):
 def test_cases_are_checked_by_interpreting(capsys):
     assert kernels.main(["--ops", "spvmm", "--interpret", "gpu"]) == 0
     assert "b1-f2100-m1160-z70-bfloat16" in capsys.readouterr().out
+
+
+def test_kernels_are_checked_on_the_device_at_hand(capsys, monkeypatch, tmp_path):
+    wrong = type(OP)(lambda q, impl, **_: jnp.zeros_like(q) if impl != "reference" else q, OP.specs[:1])
+    monkeypatch.setattr(kernels, "ops", lambda: {"decode_attention": wrong, "spvmm": ops()["spvmm"]})
+    with aim(Target("gpu", "interpreted", "forward")):
+        assert kernels.main(["--check", "--out", str(tmp_path)]) == 1, "a wrong kernel is no success"
+    stored = results.load(next(tmp_path.glob("kernel_checks/*.json")))
+    assert stored["command"] == "python -m experiments.kernels --check"
+    assert {row["name"] for row in stored["rows"]} == {"spvmm"}
+    assert all(0 <= row["error"] <= row["limit"] for row in stored["rows"])
+    assert "is wrong: error" in capsys.readouterr().err
 
 
 def test_the_table_shows_every_cell(capsys, monkeypatch, tmp_path):
