@@ -1,13 +1,14 @@
-"""Writes the README's figures from stored results, so that no number is typed by hand.
+"""Writes the figures of the README and of docs from stored results, so that no number is typed by hand.
 
 usage: python -m experiments.quote
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from experiments import results
 
-__all__ = ["main", "quoted"]
+__all__ = ["files", "main", "quoted"]
 
 _BUDGET = 0.25
 _KERNELS = """
@@ -29,23 +30,30 @@ _KERNELS = """
     sparse products beside dense, 70% zeros | x | 2.60x | sparse_matvec.speedup_70
     without zeros, time beside dense | | 1.05 | sparse_matvec.time_ratio_0
 """  # case, how its figure is written, what was wanted, claim
-_README = Path(__file__).parent.parent / "README.md"
+_PEERS = {"cudnn": "cuDNN", "jax_op": "JAX's op", "exact": "q·K"}
+_ROOT = Path(__file__).parent.parent
 
 
-def quoted(text: str) -> str:
+def files() -> dict[Path, dict[str, Callable[[], str]]]:
+    """Returns the files that quote results, and what makes each of their blocks."""
+    return {
+        _ROOT / "README.md": {"compare": _compare, "peers": _peers, "kernels": _kernels},
+        _ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
+    }
+
+
+def quoted(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     """Returns the text with everything between `<!-- NAME -->` and `<!-- end -->` made anew.
 
     Raises:
         ValueError: where a marker is missing.
     """
-    for name, block in {"compare": _compare(), "peers": _peers(), "kernels": _kernels()}.items():
+    for name, block in blocks.items():
         before, mark, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not (mark and end):
-            raise ValueError(
-                f"README.md marks figures by <!-- {name} --> and <!-- end -->, got none: add them"
-            )
-        text = before + mark + block + end + after
+            raise ValueError(f"a file marks figures by <!-- {name} --> and <!-- end -->, got none: add them")
+        text = before + mark + block() + end + after
     return text
 
 
@@ -63,7 +71,7 @@ def _newest(experiment: str, options: str | None = None) -> tuple[dict, str]:
         ),
         key=lambda pair: pair[0]["date"],
     )
-    return stored, path.relative_to(_README.parent).as_posix()
+    return stored, path.relative_to(_ROOT).as_posix()
 
 
 def _source(stored: dict, path: str) -> str:
@@ -119,9 +127,30 @@ def _kernels() -> str:
     return "\n".join(lines) + f"\n\n{sources}\n"
 
 
+def _every_kernel() -> str:
+    """Returns a line for every case that was timed."""
+    stored, path = _newest("kernels", "")
+    cases: dict[tuple, list[dict]] = {}
+    for r in stored["rows"]:
+        cases.setdefault((r["name"], r["spec"]), []).append(r)
+    lines = [
+        "| op | case | MiB | floor, µs | measured, µs | floor / measured | times as fast as |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (name, spec), rows in cases.items():
+        r = rows[0]
+        peers = (f"{r['speedup']:.2f} {_PEERS.get(r['peer'], r['peer'])}" for r in rows if r["peer"])
+        lines.append(
+            f"| {name} | {spec} | {r['bytes'] / 2**20:,.0f} | {r['floor_us']:,.1f} | {r['time_us']:,.1f} "
+            f"| {r['fraction']:.2f} | {', '.join(peers)} |"
+        )
+    return "\n".join(lines) + f"\n\n(`{stored['command']}` of {stored['commit'][:7]}: [{path}](../{path}))\n"
+
+
 def main() -> None:
-    """Rewrites README.md."""
-    _README.write_text(quoted(_README.read_text(encoding="utf-8")), encoding="utf-8")
+    """Rewrites the files."""
+    for path, blocks in files().items():
+        path.write_text(quoted(path.read_text(encoding="utf-8"), blocks), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
-"""Figures in the README are those of the stored results."""
-
-from pathlib import Path
+"""Figures in the README and in docs are those of the stored results."""
 
 import pytest
 
 from experiments import quote
 
-README = Path(__file__).parents[2] / "README.md"
+FILES = quote.files()
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 
 
-def test_the_readme_quotes_the_stored_results():
-    text = README.read_text(encoding="utf-8")
-    assert quote.quoted(text) == text, "run python -m experiments.quote"
+@every_file
+def test_a_file_quotes_the_stored_results(path):
+    text = path.read_text(encoding="utf-8")
+    assert quote.quoted(text, FILES[path]) == text, "run python -m experiments.quote"
 
 
-def test_a_changed_figure_is_noticed():
-    text = README.read_text(encoding="utf-8")
-    assert quote.quoted(text.replace("| 0.0", "| 9.0", 1)) != text.replace("| 0.0", "| 9.0", 1)
+@every_file
+def test_a_changed_figure_is_noticed(path):
+    text = path.read_text(encoding="utf-8")
+    start = text.index("| 0.", text.index(f"<!-- {next(iter(FILES[path]))} -->"))
+    changed = text[:start] + "| 9." + text[start + 4 :]
+    assert quote.quoted(changed, FILES[path]) == text
 
 
 def test_a_missing_marker_raises():
     with pytest.raises(ValueError, match="marks figures by"):
-        quote.quoted("no markers")
+        quote.quoted("no markers", {"one": lambda: ""})
