@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kvjax import cache
@@ -52,6 +53,8 @@ class CacheMethod(abc.ABC):
 
     rotated: ClassVar[bool] = True  # keys are stored rotated
     evicts: ClassVar[bool] = False  # compress removes or moves slots
+    moves: ClassVar[bool] = False  # compress moves slots in a decode step too: where `fill` falls
+    n_free: ClassVar[int] = 1  # slots of a budget that compress leaves free, at most
     couples_heads: ClassVar[bool] = False  # a verb looks at several KV heads of a layer together
     budget: Budget | None
 
@@ -182,6 +185,16 @@ class Chain(CacheMethod):
         return self.methods[0].evicts
 
     @property
+    def moves(self) -> bool:  # type: ignore[override]
+        """Whether the first method moves slots in a decode step."""
+        return self.methods[0].moves
+
+    @property
+    def n_free(self) -> int:
+        """What the first method leaves free."""
+        return self.methods[0].n_free
+
+    @property
     def couples_heads(self) -> bool:  # type: ignore[override]
         """Whether one of the methods does."""
         return any(m.couples_heads for m in self.methods)
@@ -214,10 +227,14 @@ class Chain(CacheMethod):
 
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
         """Compresses in order; methods after an eviction make their index anew."""
-        before = kv.slots
+        before = kv
 
         def one(m: CacheMethod, part: KV) -> KV:
-            part = m.moved(part, None) if part.slots != before else part
+            if part.slots != before.slots:
+                part = m.moved(part, None)
+            elif self.moves and m is not self.methods[0]:
+                moved = jnp.any(part.fill < before.fill)
+                part = jax.lax.cond(moved, lambda kv: m.moved(kv, None), lambda kv: kv, part)
             return m.compress(part, q, pos)
 
         return self._each(kv, one)

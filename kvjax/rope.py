@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.models.config import RopeConfig
 
-__all__ = ["frequencies", "rotate"]
+__all__ = ["frequencies", "rotate", "unrotate"]
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -64,3 +64,11 @@ def rotate(x: Float[Array, "*rows D"], pos: Int[Array, "*rows"], rope: RopeConfi
     cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def unrotate(
+    x: Float[Array, "*rows D"], pos: Int[Array, "*rows"], rope: RopeConfig
+) -> Float[Array, "*rows D"]:
+    """Undoes `rotate`, up to the rounding of x's dtype."""
+    _, factor = frequencies(rope, x.shape[-1])
+    return (rotate(x.astype(jnp.float32), -pos, rope) / factor**2).astype(x.dtype)

@@ -8,6 +8,7 @@ slots is written, from the full-precision rows where the ring still has them, so
 fills up in order ends exactly as if it had been quantised at once.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from kvjax.shapes import Leaf, Packed, Slots
 from pallas_kernels import Codes
 from pallas_kernels.backend import in_hbm
 
-__all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "renumber", "write"]
+__all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "renew", "renumber", "write"]
 
 
 @struct.dataclass
@@ -54,6 +55,14 @@ def read(store: Any) -> Float[Array, "B R D"]:
 def dtype(store: Any) -> jnp.dtype:
     """Returns the type of the rows that `read` gives."""
     return store.recent.dtype if isinstance(store, Quantized) else store.dtype
+
+
+def renew(store: Any, x: Float[Array, "B Q D"], mass: Packed, order: Packed, slots: Sequence[int]) -> Any:
+    """Returns a store of the same kind that holds these rows instead; see `quantize` for mass and order."""
+    if not isinstance(store, Quantized):
+        return x
+    how = {"bits": store.bits, "block": store.block, "window": store.slot.shape[2], "slots": tuple(slots)}
+    return quantize(x, mass, order, how)
 
 
 def renumber(store: Any, first: Any, slots: tuple[int, ...]) -> Any:

@@ -10,6 +10,7 @@ from kvjax.model import Model
 from kvjax.models.config import ModelConfig, RopeConfig
 
 BUDGET, PROMPT, NEW = 48, 90, 12
+CHUNKS = {"chelsea": {"chunk": 16}}
 
 
 def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
@@ -47,15 +48,20 @@ MODELS = {"G2": tiny(2), "G1 with a window": tiny(1, windows=(24, None))}
 
 
 def settings(name: str, budget=BUDGET) -> dict:
-    """The settings under which a method is tested: its defaults at a budget."""
+    """The settings under which a method is tested: its defaults at a budget, for prompts this short."""
     known = METHODS[name].__dataclass_fields__
-    return {k: v for k, v in {"budget": budget, "dense_layers": 0}.items() if k in known}
+    short = {"budget": budget, "dense_layers": 0, "n_recent": 8, "slack": 6} | CHUNKS.get(name, {})
+    return {k: v for k, v in short.items() if k in known}
 
 
 CASES = {name: make(name, **settings(name)) for name in METHODS}
 CASES |= {
     "snapkv+kivi4": kvjax.chain(make("snapkv", budget=BUDGET), make("kivi", bits=4)),
     "knorm+quest": kvjax.chain(make("knorm", budget=BUDGET), make("quest", budget=32, dense_layers=0)),
+    "chelsea+kivi8": kvjax.chain(make("chelsea", **settings("chelsea")), make("kivi", bits=8)),
+    "chelsea+quest": kvjax.chain(
+        make("chelsea", **settings("chelsea")), make("quest", budget=32, dense_layers=0)
+    ),
     "quest+kivi8": kvjax.chain(make("quest", budget=32, dense_layers=0), make("kivi", bits=8)),
 }
 EVICTS = [name for name, m in CASES.items() if m.evicts]

@@ -90,7 +90,7 @@ def test_slots_stay_within_the_budget(name, compress):
     for kv in state:
         assert kv.slots == (BUDGET,) * 2
         assert int(cache.count(kv).max()) <= BUDGET
-        assert int(cache.count(kv).min()) >= BUDGET - 1  # and the budget is used
+        assert int(cache.count(kv).min()) >= BUDGET - CASES[name].n_free  # and the budget is used
 
 
 @every_method
@@ -250,9 +250,9 @@ def test_a_ragged_head_is_that_head_at_its_budget(name):
         pytest.skip("tova's heads rank together when their budgets are equal, and alone when not")
     model = MODELS["G2"]
     row = (40, 80)
-    _, ragged = kvjax.prefill(model, PROMPTS, make(name, budget=np.array([row] * 2)), room=NEW)
+    _, ragged = kvjax.prefill(model, PROMPTS, make(name, **settings(name, np.array([row] * 2))), room=NEW)
     for head, budget in enumerate(row):
-        _, uniform = kvjax.prefill(model, PROMPTS, make(name, budget=budget), room=NEW)
+        _, uniform = kvjax.prefill(model, PROMPTS, make(name, **settings(name, budget)), room=NEW)
         start = sum(row[:head])
         ours = np.asarray(ragged[0].k)[:, start : start + budget]
         theirs = np.asarray(uniform[0].k)[:, head * budget : (head + 1) * budget]
