@@ -6,10 +6,11 @@ cluster of n tokens; attention adds log(mass) to its logits, so validity, ragged
 centroid weights are one field. `pos` is the slot's rotary position: a slot is not a position.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -36,6 +37,7 @@ __all__ = [
     "starts",
     "take",
     "view",
+    "when",
     "widen",
 ]
 
@@ -247,6 +249,18 @@ def newest(kv: KV) -> Int[Array, "B K"]:
         when = jnp.where(view(kv.mass, run) > 0, view(kv.pos, run), -1)
         parts.append(jnp.argmax(when, axis=-1))
     return jnp.concatenate(parts, axis=1)
+
+
+def when(flag: Array, change: Callable[[KV], KV], kv: KV) -> KV:
+    """Returns change(kv) if flag, else kv, inside a compiled program.
+
+    It is a loop of at most one round: XLA updates a loop's state in place, and copies that of `lax.cond`.
+    """
+
+    def once(carry: tuple[Array, KV]) -> tuple[Array, KV]:
+        return jnp.zeros((), bool), change(carry[1])
+
+    return jax.lax.while_loop(lambda carry: carry[0], once, (flag, kv))[1]
 
 
 def widen(kv: KV, slots: Sequence[int]) -> tuple[KV, Int[Array, "B Q"]]:

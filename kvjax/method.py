@@ -234,7 +234,7 @@ class Chain(CacheMethod):
                 part = m.moved(part, None)
             elif self.moves and m is not self.methods[0]:
                 moved = jnp.any(part.fill < before.fill)
-                part = jax.lax.cond(moved, lambda kv: m.moved(kv, None), lambda kv: kv, part)
+                part = cache.when(moved, lambda kv: m.moved(kv, None), part)
             return m.compress(part, q, pos)
 
         return self._each(kv, one)

@@ -6,7 +6,7 @@ masses sum to the tokens seen.
 
 State: `budget` slots per head, in order of time. A head that is full is clustered down to
 budget - slack slots, so the cost of a clustering is shared by `slack` tokens: at the prompt's end,
-between chunks of a prompt, and inside the decode loop (`lax.cond`).
+between chunks of a prompt, and inside the decode loop.
 
 Source: arXiv 2506.11418 (Chelsea, CentroidKV). The matching and its deviations: `kvjax.clustering`.
 Unknown in the paper and chosen by experiments/chelsea.py: chunk, sinks, recent tokens, slack.
@@ -15,7 +15,6 @@ Unknown in the paper and chosen by experiments/chelsea.py: chunk, sinks, recent 
 from dataclasses import dataclass
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from kvjax import cache, clustering
@@ -128,7 +127,7 @@ class Chelsea(CacheMethod):
 
         if slots != kv.slots:
             return cluster(kv)
-        return jax.lax.cond(jnp.any(full), cluster, lambda kv: kv, kv)
+        return cache.when(jnp.any(full), cluster, kv)
 
     def _matching(self) -> Matching:
         return Matching(
