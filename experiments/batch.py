@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from experiments import passkey, text
+from experiments import passkey
+from kvjax import text
 from kvjax.models.tokenizer import Tokenizer
 
 __all__ = ["Batch", "lay_out"]

@@ -21,11 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import kvjax
-from experiments import options, plot, plugin, report, results, text, trial
+from experiments import options, plot, plugin, report, results, trial
 from experiments.batch import Batch, lay_out
 from experiments.plan import Methods, Trial, plan
 from experiments.results import Results
 from experiments.trial import Outcome, Prefilled
+from kvjax import text
 
 __all__ = ["Settings", "compare", "main"]
 

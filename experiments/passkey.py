@@ -6,7 +6,7 @@ import numpy as np
 
 from kvjax.models.tokenizer import Tokenizer
 
-__all__ = ["DEPTHS", "N_ANSWER", "QUESTION", "context", "graded", "keys"]
+__all__ = ["DEPTHS", "HINT", "N_ANSWER", "QUESTION", "TASK", "context", "graded", "keys"]
 
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)  # share of the filler before the key
 QUESTION = "\nWhat is the pass key? The pass key is"
@@ -15,6 +15,7 @@ TASK = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n"
 )
+HINT = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 
 
@@ -32,8 +33,7 @@ def context(tokenizer: Tokenizer, key: str, depth: float, n_tokens: int) -> list
 
     def text(n: int) -> str:
         before = round(n * depth)
-        hint = f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
-        return TASK + FILLER * before + hint + FILLER * (n - before)
+        return TASK + FILLER * before + HINT.format(key=key) + FILLER * (n - before)
 
     empty = len(tokenizer.encode(text(0)))
     n = (n_tokens - empty) // len(tokenizer.encode(FILLER))

@@ -10,11 +10,8 @@ Source: ours, inside the frame of Chelsea (arXiv 2506.11418); figures in docs/me
 import functools
 import hashlib
 import json
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import cache, clustering, replay
 from kvjax.cache import KV
-from kvjax.clustering import Matching
+from kvjax.clustering import Clusters, Matching
 from kvjax.loop import State
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
 from kvjax.model import Model
 
-__all__ = ["Shares", "calibrate", "fingerprint", "load", "pool", "save"]
+__all__ = ["Shares", "calibrate", "fingerprint", "load", "pool", "save", "schedule"]
 
 _MULTIPLE = 32  # slots
 _MOST = 64  # passes
@@ -50,19 +47,21 @@ class Shares:
     keep: float
     context: int
 
-    def table(self, budget: int, method: Chelsea | None = None) -> tuple[tuple[int, ...], ...]:
+    def table(self, budget: int, least: int = 1) -> tuple[tuple[int, ...], ...]:
         """Returns budgets [L K] in multiples of 32 slots whose mean is at most `budget`, and nearly that.
 
-        method: for the slots that a head needs at least; None takes Chelsea's defaults.
+        least: slots that each head needs, such as `Chelsea.least`.
 
         Raises:
             ValueError: where the mean is below that.
         """
-        least = _up((method or Chelsea(budget)).least)
-        shares = np.asarray(self.shares)
+        least, shares = -(-least // _MULTIPLE) * _MULTIPLE, np.asarray(self.shares)
         total = budget * np.count_nonzero(shares)
         if least > budget:
-            raise ValueError(f"a mean budget is at least the {least} slots that each head needs, got {budget=}")
+            raise ValueError(
+                f"a mean budget is at least what each head needs, {least} slots in multiples of {_MULTIPLE}, "
+                f"got {budget=}"
+            )
 
         def at(scale: float) -> np.ndarray:
             return np.maximum(_MULTIPLE * np.round(scale * shares / _MULTIPLE), least).astype(int)
@@ -72,6 +71,21 @@ class Shares:
             middle = (low + high) / 2
             low, high = (middle, high) if at(middle)[shares > 0].sum() <= total else (low, middle)
         return tuple(tuple(row) for row in at(low).tolist())
+
+
+def schedule(budget: int, n_layers: int, first: float) -> tuple[int, ...]:
+    """Returns a budget per layer on a straight line, from first·budget to (2 - first)·budget.
+
+    Raises:
+        ValueError: where a layer would get nothing.
+
+    Example:
+        >>> schedule(100, 3, first=1.5)
+        (150, 100, 50)
+    """
+    if not 0 < first < 2:
+        raise ValueError(f"every layer gets a budget, got {first=}: it is above 0 and below 2")
+    return tuple(int(x) for x in np.round(np.linspace(first, 2 - first, n_layers) * budget))
 
 
 def calibrate(
@@ -115,28 +129,27 @@ def pool(state: State, keep: float, how: Matching) -> State:
     """
     if not 0 < keep < 1:
         raise ValueError(f"a share is between 0 and 1, got {keep=}")
-    layers = [i for i, kv in enumerate(state) if kv.layer.window is None]
-    parts = {i: (state[i], state[i].mass) for i in layers}
-    least = how.n_sinks + how.n_recent + how.stride
-    first = _total(parts)
+    layers = {i: kv for i, kv in enumerate(state) if kv.layer.window is None}
+    parts = {i: _begin(kv, how=how) for i, kv in layers.items()}
+    first = np.sum([np.asarray(cache.count(kv)).sum(1) for kv in layers.values()], axis=0)
     goal = np.ceil(keep * first)
     for i in range(1, _MOST + 1):
-        now = _total(parts)
+        now = np.sum([np.asarray(part.root >= 0).sum(1) for part in parts.values()], axis=0)
         if (now <= goal).all():
             break
-        found = {j: np.asarray(_similarity(*parts[j], how=how)) for j in layers}
+        found = {j: np.asarray(_similarity(parts[j], slots=kv.slots, how=how)) for j, kv in layers.items()}
         n_merges = now - np.maximum(goal, np.ceil(first * how.stride ** (-i / 2)))
-        ranked = -np.sort(-np.concatenate([found[j] for j in layers], axis=1), axis=1)
+        ranked = -np.sort(-np.concatenate(list(found.values()), axis=1), axis=1)
         at = np.clip(n_merges.astype(int) - 1, 0, ranked.shape[1] - 1)
         last = np.where(n_merges > 0, np.take_along_axis(ranked, at[:, None], 1)[:, 0], np.inf)
-        for j in layers:
-            parts[j] = _merge(*parts[j], jnp.asarray(last), least=least, how=how)
+        for j, kv in layers.items():
+            parts[j] = _merge(parts[j], jnp.asarray(last), slots=kv.slots, how=how)
     else:
         raise ValueError(
             f"merges reach the share, got {keep=} of {first.astype(int).tolist()} slots: raise it, "
             "or take longer documents"
         )
-    return tuple(parts[i][0] if i in parts else kv for i, kv in enumerate(state))
+    return tuple(_finish(kv, parts[i], how=how) if i in parts else kv for i, kv in enumerate(state))
 
 
 def save(shares: Shares, path: Path | str) -> None:
@@ -185,24 +198,26 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
-def _total(parts: dict[int, tuple[KV, Array]]) -> Float[np.ndarray, "B"]:
-    return np.sum([np.asarray(cache.count(kv)).sum(1) for kv, _ in parts.values()], axis=0)
+@functools.partial(jax.jit, static_argnames="how")
+def _begin(kv: KV, *, how: Matching) -> Clusters:
+    return clustering.begin(kv, kv.mass, how)
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "how"))
+def _similarity(clusters: Clusters, *, slots: tuple[int, ...], how: Matching) -> Float[Array, "B R"]:
+    return clustering.matches(clusters, slots, how)[1]
+
+
+@functools.partial(jax.jit, static_argnames=("slots", "how"))
+def _merge(clusters: Clusters, last: Float[Array, "B"], *, slots: tuple[int, ...], how: Matching) -> Clusters:
+    """Merges what is at least as similar as `last`."""
+    go = clustering.matches(clusters, slots, how)[1] >= last[:, None]
+    heads = [
+        cache.view(clusters.root >= 0, run).sum(-1) - cache.view(go, run).sum(-1) for run in cache.runs(slots)
+    ]
+    return clustering.merge(clusters, jnp.concatenate(heads, axis=1), slots, [1] * len(slots), how)
 
 
 @functools.partial(jax.jit, static_argnames="how")
-def _similarity(kv: KV, n: Array, *, how: Matching) -> Float[Array, "B R"]:
-    return clustering.matches(kv, n, how)[1]
-
-
-@functools.partial(jax.jit, static_argnames=("least", "how"))
-def _merge(kv: KV, n: Array, last: Float[Array, "B"], *, least: int, how: Matching) -> tuple[KV, Any]:
-    """Merges what is at least as similar as `last`."""
-    similarity = clustering.matches(kv, n, how)[1] >= last[:, None]
-    heads = [cache.view(similarity, run).sum(-1) for run in cache.runs(kv.slots)]
-    count = cache.count(kv)
-    target = jnp.maximum(count - jnp.concatenate(heads, axis=1), jnp.minimum(count, least))
-    return clustering.merge(kv, n, target, [1] * len(kv.slots), kv.slots, how)
-
-
-def _up(n: int) -> int:
-    return math.ceil(n / _MULTIPLE) * _MULTIPLE
+def _finish(kv: KV, clusters: Clusters, *, how: Matching) -> KV:
+    return clustering.finish(kv, kv.mass, clusters, [1] * len(kv.slots), kv.slots, how)[0]

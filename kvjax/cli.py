@@ -1,21 +1,23 @@
-"""The command line `kvjax`: generate text, list methods, list models."""
+"""The command line `kvjax`: generate text, calibrate, list methods, list models."""
 
 import dataclasses
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
 
 import kvjax
-from kvjax import spec
+from kvjax import budgets, spec, text
 from kvjax.method import CacheMethod
 from kvjax.model import Model
 from kvjax.models.hub import MODELS
 from kvjax.sampling import Sampling
 
-__all__ = ["Generate", "Methods", "Models", "main"]
+__all__ = ["Calibrate", "Generate", "Methods", "Models", "main"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Generate:
         dtype: float32 or bfloat16; by default the device's.
         method: such as snapkv:budget=512,window=16 or snapkv+kivi4 (see `kvjax methods`).
         budget: tokens per KV head, for a method that has a budget.
+        shares: a file of `kvjax calibrate budgets`: heads have budgets of their own, whose mean is `budget`.
         compress: when: at the prompt's "end", or after each "chunk" of it.
         max_new_tokens: tokens at most; a stop token ends sooner.
         temperature: 0 takes the likeliest token.
@@ -43,6 +46,7 @@ class Generate:
     dtype: str | None = None
     method: str = "full"
     budget: int | None = None
+    shares: Path | None = None
     compress: str = "end"
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -58,8 +62,10 @@ class Generate:
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, seed=self.seed)
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
         model = kvjax.load(self.model, self.dtype)
-        if model.tokenizer is None:
-            raise ValueError(f"text needs a tokenizer, got none with {self.model!r}: add tokenizer.json")
+        _check_tokenizer(model)
+        if self.shares is not None:
+            table = budgets.load(self.shares, model).table(self.budget, least=getattr(method, "least", 1))
+            method = spec.parse(self.method, budget=table)
         if self.chat:
             prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
         steps = kvjax.stream(
@@ -77,6 +83,8 @@ class Generate:
     def _method(self) -> CacheMethod:
         """Returns the method, with the budget where it has one."""
         if self.budget is None:
+            if self.shares is not None:
+                raise ValueError(f"shares are of a budget, got {str(self.shares)!r} alone: give --budget too")
             return spec.parse(self.method)
         method = spec.parse(self.method, budget=self.budget)
         if "budget" not in spec.settings_of(self.method):
@@ -107,7 +115,46 @@ class Models:
         print("also: hf:org/name, the folder of a Hugging Face checkpoint, or a .gguf file")
 
 
-Command = Generate | Methods | Models
+@dataclass(frozen=True)
+class Calibrate:
+    """Finds what a method needs to know of a model, from a few documents, and writes it to a file.
+
+    Args:
+        what: budgets: the share of the slots that each KV head needs (Chelsea).
+        model: a name (see `kvjax models`), hf:org/name, or a path.
+        dtype: float32 or bfloat16; by default the device's.
+        keep: the share of a document's slots that is kept.
+        text: pydoc_data.topics (prose that every Python has), or text files.
+        docs: documents, of all texts alike.
+        context: tokens of a document; the length that is to be served is best.
+        seed: chooses the documents.
+        out: the file.
+    """
+
+    what: tyro.conf.Positional[Literal["budgets"]]
+    model: str = "smollm2-135m"
+    dtype: str | None = None
+    keep: float = 0.25
+    text: tuple[str, ...] = (text.PROSE,)
+    docs: int = 6
+    context: int = 2048
+    seed: int = 0
+    out: Path = Path("budgets.json")
+
+    def run(self) -> None:
+        """Writes the file, and where the slots go."""
+        model = kvjax.load(self.model, self.dtype)
+        _check_tokenizer(model)
+        documents = text.documents(model.tokenizer, self.text, self.docs, self.context, self.seed)
+        shares = budgets.calibrate(model, documents, self.keep)
+        budgets.save(shares, self.out)
+        ranked = sorted((s for row in shares.shares for s in row if s), reverse=True)
+        tenth = max(1, len(ranked) // 10)
+        part = sum(ranked[:tenth]) / sum(ranked)
+        print(f"{self.out}: {tenth} of {len(ranked)} heads need {part:.0%} of the slots")
+
+
+Command = Generate | Calibrate | Methods | Models
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,6 +174,11 @@ def main(arguments: list[str] | None = None) -> int:
         print()
         return 130
     return 0
+
+
+def _check_tokenizer(model: Model) -> None:
+    if model.tokenizer is None:
+        raise ValueError(f"text needs a tokenizer, got none with {model.name!r}: add tokenizer.json")
 
 
 def _setting(field: dataclasses.Field) -> str:

@@ -36,6 +36,8 @@ __all__ = [
     "pad",
     "prefill",
     "prompt_logits",
+    "read",
+    "widen",
 ]
 
 State = tuple[KV, ...]
@@ -175,6 +177,27 @@ def prefill(
     return logits[:, 0], state
 
 
+def read(
+    model: Model, ids: Int[np.ndarray, "B T"], method: CacheMethod, state: State
+) -> tuple[Float[Array, "B T V"], State]:
+    """Appends tokens without compression and returns the logits after each. The given state is consumed.
+
+    Raises:
+        ValueError: as `prefill`; -1 is not allowed here.
+    """
+    ids = _check(model, ids)
+    if (ids < 0).any():
+        raise ValueError("logits take rows of one length, got padding: call once per length")
+    pos = np.asarray(state[0].seen)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
+    program = Program.of(model, method)
+    return _read(model.params, ids, pos, state, program=program, last_only=False)[:2]
+
+
+def widen(state: State, model: Model, method: CacheMethod, extra: int) -> State:
+    """Gives methods that evict room for `extra` tokens beyond their budget."""
+    return _widen(state, Program.of(model, method), extra)
+
+
 def chunk_size(length: int, chunk: int) -> int:
     """Returns how many tokens of a prompt are read at once: a power of two where the prompt is short."""
     return min(chunk, max(16, 1 << (length - 1).bit_length()))
@@ -238,11 +261,8 @@ def prompt_logits(model: Model, ids: Int[np.ndarray, "B T"]) -> Float[Array, "B 
         ValueError: as `prefill`; -1 is not allowed here, since rows have one length.
     """
     ids = _check(model, ids)
-    if (ids < 0).any():
-        raise ValueError("logits take rows of one length, got padding: call once per length")
     state = init_state(model, Full(), len(ids), ids.shape[1], ids.shape[1])
-    pos = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    return _read(model.params, ids, pos, state, program=Program.of(model, Full()), last_only=False)[0]
+    return read(model, ids, Full(), state)[0]
 
 
 def _check(model: Model, ids: Any) -> Int[np.ndarray, "B T"]:

@@ -59,7 +59,7 @@ def _split(part: str, methods: Mapping[str, type[CacheMethod]]) -> tuple[str, di
             raise ValueError(f"a setting is written key=value, got {pair!r} in {part!r}: write {key}=...")
         if key in settings:
             raise ValueError(f"a setting is given once, got {key!r} twice in {part!r}: leave one out")
-        settings[key] = _value(key, value)
+        settings[key] = value if key in _words(name, methods) else _value(key, value)
     short = re.fullmatch(r"(.+?)(\d+)", name)
     if name not in methods and short and "bits" in _fields(short[1], methods):
         name, settings = short[1], {"bits": int(short[2])} | settings
@@ -69,6 +69,15 @@ def _split(part: str, methods: Mapping[str, type[CacheMethod]]) -> tuple[str, di
 def _fields(name: str, methods: Mapping[str, type[CacheMethod]]) -> set[str]:
     """Returns the names of a method's settings, none for an unknown one."""
     return {field.name for field in fields(methods[name])} if name in methods else set()
+
+
+def _words(name: str, methods: Mapping[str, type[CacheMethod]]) -> set[str]:
+    """Returns the names of a method's settings that are words."""
+    return (
+        {field.name for field in fields(methods[name]) if field.type in (str, "str")}
+        if name in methods
+        else set()
+    )
 
 
 def _value(key: str, text: str) -> Any:

@@ -9,13 +9,14 @@ budget - slack slots, so the cost of a clustering is shared by `slack` tokens: a
 between chunks of a prompt, and inside the decode loop.
 
 Source: arXiv 2506.11418 (Chelsea, CentroidKV). The matching and its deviations: `kvjax.clustering`.
-Unknown in the paper and chosen by experiments/chelsea.py: chunk, sinks, recent tokens, slack.
+Unknown in the paper and chosen by `experiments.chelsea sweep`: chunk, sinks, recent tokens, slack.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax import cache, clustering
 from kvjax.cache import KV, Layer
@@ -24,6 +25,8 @@ from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Positions, Queries, Slots
 
 __all__ = ["Chelsea"]
+
+_MOST_SLACK = 128
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,19 @@ class Chelsea(CacheMethod):
         log_n: add the logarithm of its tokens to a slot's logit.
         n_sinks: first tokens that never merge.
         n_recent: newest tokens that never merge.
-        slack: slots that a clustering leaves free.
+        slack: slots that a clustering leaves free; None is a 16th of the smallest budget, at most 128.
         rounds: passes of a clustering, None for as many as the ratio needs.
     """
 
     budget: Budget
-    chunk: int = 256
+    chunk: int = 64
     stride: int = 2
     similarity: str = "cosine"
     before_rope: bool = True
     log_n: bool = True
     n_sinks: int = 4
-    n_recent: int = 128
-    slack: int = 128
+    n_recent: int = 64
+    slack: int | None = None
     rounds: int | None = None
     evicts: ClassVar[bool] = True
     moves: ClassVar[bool] = True
@@ -65,7 +68,7 @@ class Chelsea(CacheMethod):
             )
         if self.similarity not in ("cosine", "dot", "l2"):
             raise ValueError(f"similarity is cosine, dot or l2, got {self.similarity=}")
-        if self.n_sinks < 0 or self.n_recent < 1 or self.slack < 1:
+        if self.n_sinks < 0 or self.n_recent < 1 or (self.slack is not None and self.slack < 1):
             raise ValueError(
                 f"n_sinks is at least 0, n_recent and slack are at least 1, got {self.n_sinks=}, "
                 f"{self.n_recent=}, {self.slack=}"
@@ -75,8 +78,22 @@ class Chelsea(CacheMethod):
 
     @property
     def n_free(self) -> int:
-        """The slack."""
-        return self.slack
+        """The slack, in slots."""
+        if self.slack is not None:
+            return self.slack
+        return max(1, min(_MOST_SLACK, int(np.min(self.budget)) // 16))
+
+    @property
+    def least(self) -> int:
+        """Slots that a head has at least: for what stays, and a chunk to merge in, or the slack."""
+        return self.n_sinks + self.n_recent + max(self.chunk, self.n_free)
+
+    @property
+    def matching(self) -> Matching:
+        """How slots are matched."""
+        return Matching(
+            self.chunk, self.stride, self.similarity, self.before_rope, self.n_sinks, self.n_recent
+        )
 
     def budgets(self, layer: Layer) -> tuple[int, ...]:
         """Returns the budget of each head.
@@ -85,10 +102,9 @@ class Chelsea(CacheMethod):
             ValueError: where a head has no room for what stays, a chunk to merge in, and the slack.
         """
         row = super().budgets(layer)
-        least = self.n_sinks + self.n_recent + max(self.chunk, self.slack)
-        if min(row) < least:
+        if min(row) < self.least:
             raise ValueError(
-                f"a budget holds sinks, recent tokens, and a chunk or the slack, {least} slots, got "
+                f"a budget holds sinks, recent tokens, and a chunk or the slack, {self.least} slots, got "
                 f"{min(row)}: raise the budget, or lower n_recent, chunk or slack"
             )
         return row
@@ -116,29 +132,24 @@ class Chelsea(CacheMethod):
         if all(s < b for s, b in zip(kv.slots, budgets, strict=True)):
             return kv  # serves fewer tokens than the budget
         full = cache.count(kv) >= jnp.asarray(budgets)
-        goal = [b - self.slack if s >= b else s for s, b in zip(kv.slots, budgets, strict=True)]
+        goal = [b - self.n_free if s >= b else s for s, b in zip(kv.slots, budgets, strict=True)]
         for s, g in zip(kv.slots, goal, strict=True):
             self._check(s, g)
 
         def cluster(kv: KV) -> KV:
             n = kv.mass if self.log_n else jnp.where(kv.mass > 0, kv.aux, 0.0)
-            kv, n = clustering.reduce(kv, n, goal, full, self._matching(), self.rounds, slots)
+            kv, n = clustering.reduce(kv, n, goal, full, self.matching, self.rounds, slots)
             return kv if self.log_n else kv.replace(aux=n, mass=jnp.minimum(kv.mass, 1.0))
 
         if slots != kv.slots:
             return cluster(kv)
         return cache.when(jnp.any(full), cluster, kv)
 
-    def _matching(self) -> Matching:
-        return Matching(
-            self.chunk, self.stride, self.similarity, self.before_rope, self.n_sinks, self.n_recent
-        )
-
     def _check(self, size: int, goal: int) -> None:
         """Raises ValueError where the rounds cannot bring a head of `size` slots to its goal."""
-        if size == goal or clustering.plan(size, goal, self._matching(), self.rounds)[-1] <= goal:
+        if size == goal or clustering.plan(size, goal, self.matching, self.rounds)[-1] <= goal:
             return
-        needed = clustering.plan(size, goal, self._matching())
+        needed = clustering.plan(size, goal, self.matching)
         raise ValueError(
             f"the rounds bring a head to budget - slack = {goal} slots, got {self.rounds=} for {size}: "
             + (

@@ -34,7 +34,7 @@ N_TOP = 20
 
 def make_ids(name: str) -> dict:
     """Returns the model's file and the token ids of both prompts."""
-    from experiments.text import PROSE, read_text
+    from kvjax.text import PROSE, read_text
     from kvjax.models.hub import fetch
     from kvjax.models.tokenizer import load_tokenizer
 

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 import kvjax
-from experiments import batch, options, passkey, plan, plot, plugin, report, text
+from experiments import batch, options, passkey, plan, plot, plugin, report
 from experiments.clock import timed
 from experiments.compare import Settings
+from kvjax import text
 from kvjax.methods import make
 from tests.tiny_models import byte_tokenizer
 

@@ -17,6 +17,12 @@ def test_a_line_gives_the_method_that_code_gives():
     assert spec.parse("snapkv:budget=64+kivi:bits=4") == chained == spec.parse("snapkv+kivi4", budget=64)
 
 
+def test_a_setting_that_is_a_word_is_read_as_one():
+    assert spec.parse("chelsea:similarity=l2", budget=512) == make("chelsea", budget=512, similarity="l2")
+    with pytest.raises(ValueError, match="similarity is cosine, dot or l2"):
+        spec.parse("chelsea:similarity=manhattan", budget=512)
+
+
 def test_defaults_fill_only_what_is_not_given():
     assert spec.parse("snapkv:budget=8,window=4", budget=512) == make("snapkv", budget=8, window=4)
     assert spec.parse("kivi", budget=512) == make("kivi")

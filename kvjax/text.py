@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-__all__ = ["PROSE", "excerpts", "read_text"]
+from kvjax.models.tokenizer import Tokenizer
+
+__all__ = ["PROSE", "documents", "excerpts", "read_text"]
 
 PROSE = "pydoc_data.topics"  # 500 KB of reference prose in every Python, though not the same in each
 
@@ -42,3 +44,19 @@ def excerpts(ids: Sequence[int], n: int, length: int, seed: int) -> Int[np.ndarr
         )
     starts = np.random.default_rng([seed, 0]).integers(0, part - length + 1, n) + part * np.arange(n)
     return np.stack([np.asarray(ids[start : start + length], np.int32) for start in starts])
+
+
+def documents(
+    tokenizer: Tokenizer, sources: Sequence[str], n: int, length: int, seed: int
+) -> Int[np.ndarray, "N T"]:
+    """Returns n excerpts, as evenly from several texts as n allows, those of the first text first.
+
+    Raises:
+        ValueError: for fewer documents than texts, or a text that is too short.
+        OSError: for a file that cannot be read.
+    """
+    if not 1 <= len(sources) <= n:
+        raise ValueError(f"each text gives a document, got {len(sources)} texts for {n}: take more documents")
+    counts = [n // len(sources) + (i < n % len(sources)) for i in range(len(sources))]
+    read = (tokenizer.encode(read_text(source)) for source in sources)
+    return np.concatenate([excerpts(ids, m, length, seed) for ids, m in zip(read, counts, strict=True)])

@@ -1,0 +1,59 @@
+"""Runs Chelsea's experiments on a tiny random model."""
+
+import math
+
+import pytest
+
+import kvjax
+from experiments import chelsea, chelsea_quality, results
+from tests.tiny_models import byte_tokenizer, tiny
+
+SIZES = {
+    "sweep": ["--docs", "1", "--context", "320", "--rest", "16", "--keeps", "0.5", "--settings", "", "chunk=32"],
+    "quality": [
+        "--docs", "2", "--calibration", "1", "--context", "340", "--rest", "16", "--keeps", "0.5",
+        "--methods", "knorm", "--keys", "2", "--novel-keys", "1", "--key-context", "336",
+    ],
+    "long": ["--docs", "1", "--prompt", "160", "--new", "48", "--budget", "160", "--methods", "streaming_llm"],
+}  # fmt: skip
+NAMES = {
+    "sweep": ["chelsea", "chelsea"],
+    "quality": ["full", "knorm", "chelsea", "chelsea, calibrated"],
+    "long": ["chelsea", "streaming_llm"],
+}
+
+
+@pytest.mark.parametrize("command", SIZES)
+def test_every_row_is_measured_once_and_drawn(command, tmp_path, monkeypatch):
+    model = tiny(byte_tokenizer(), context=512)
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
+    arguments = [command, *SIZES[command], "--out", str(tmp_path)]
+    assert chelsea.main(arguments) == 0
+    (path,) = (tmp_path / f"chelsea_{command}").glob("*.json")
+    data = results.load(path)
+    assert [row["name"] for row in data["rows"]] == NAMES[command]
+    assert all(math.isfinite(row["kl"]) and row["kl"] >= 0 for row in data["rows"])
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    if command == "quality":
+        full, *others = data["rows"]
+        assert full["kl"] < 1e-6 < min(row["kl"] for row in others)
+        assert all(row["bytes_held"] < 0.52 * full["bytes_held"] for row in others)
+        assert data["claims"]["smollm2.knorm.kl@0.5"] == others[0]["kl"]
+
+    def measures(*args):
+        raise AssertionError("a stored row is measured again")
+
+    for name in ("Prose", "Answers"):
+        monkeypatch.setattr(chelsea_quality, name, measures)
+    monkeypatch.setattr(chelsea_quality, "_decoded", measures)
+    assert chelsea.main(arguments) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "a command is one of"), (["sweep", "--settings", "chunck=4"], "did you mean 'chunk'")],
+)
+def test_a_bad_option_is_explained(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: tiny(byte_tokenizer()))
+    assert chelsea.main(arguments) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
