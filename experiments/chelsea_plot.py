@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["draw_long", "draw_quality", "draw_sweep"]
+__all__ = ["draw_line", "draw_long", "draw_quality", "draw_sweep"]
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
 _STYLE = {"font.size": 10, "font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False}
@@ -61,6 +61,26 @@ def draw_long(rows: Rows, prompt: int, new: int, path: Path) -> None:
             axes.plot(place, spans, color=_COLOURS[i % len(_COLOURS)], marker="o", label=row["name"])
         axes.set_xlabel("tokens read")
         axes.set_ylabel("KL to the full cache, nats per token")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False)
+        _save(figure, path)
+
+
+def draw_line(values: Mapping[str, Any], title: str, path: Path) -> None:
+    """Draws the time of a decode step over the length of the context, and the lines fitted to it.
+
+    values: per method NAME in tokens and µs: NAME_us at each of `tokens`, NAME_start_us, NAME_us_per_1k.
+    """
+    tokens = np.asarray(values["tokens"]) / 1024
+    with mpl.rc_context(_STYLE):
+        figure, (axes,) = _figure(1)
+        for colour, name in zip(_COLOURS, ("full", "chelsea"), strict=False):
+            line = values[f"{name}_start_us"] + values[f"{name}_us_per_1k"] * tokens
+            axes.plot(tokens, line / 1e3, color=colour)
+            axes.plot(tokens, np.asarray(values[f"{name}_us"]) / 1e3, "o", color=colour, label=name)
+        axes.set_title(title)
+        axes.set_xlabel("tokens of context, in units of 1,024")
+        axes.set_ylabel("decode step, ms")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
         _save(figure, path)

@@ -25,7 +25,20 @@ _LLAMA = {
 }
 _8B = {"vocab_size": 128256, "width": 4096, "ffn_width": 14336, "n_layers": 32, "n_heads": 32}
 _TINY = {"vocab_size": 512, "width": 128, "ffn_width": 256, "n_layers": 2, "n_heads": 16}
-SHAPES = {"llama-3.1-8b": _8B, "tiny": _TINY}
+_QWEN = {
+    "family": "qwen2",
+    "vocab_size": 151936,
+    "width": 1536,
+    "ffn_width": 8960,
+    "n_layers": 28,
+    "n_heads": 12,
+    "n_kv_heads": 2,
+    "rope": RopeConfig(base=1e6),
+    "norm_eps": 1e-6,
+    "qkv_bias": True,
+    "tied_embeddings": True,
+}
+SHAPES = {"llama-3.1-8b": _8B, "qwen2.5-1.5b": _QWEN, "tiny": _TINY}
 
 
 def config_of(shape: str, n_layers: int | None = None) -> ModelConfig:
@@ -39,7 +52,7 @@ def config_of(shape: str, n_layers: int | None = None) -> ModelConfig:
     sizes = SHAPES[shape] | ({} if n_layers is None else {"n_layers": n_layers})
     if sizes["n_layers"] < 1:
         raise ValueError(f"a model has at least 1 layer, got {n_layers=}")
-    return ModelConfig(**_LLAMA, **sizes, layer_windows=(None,) * sizes["n_layers"])
+    return ModelConfig(**(_LLAMA | sizes), layer_windows=(None,) * sizes["n_layers"])
 
 
 def abstract(name: str, config: ModelConfig) -> Model:
@@ -60,7 +73,7 @@ def random(name: str, config: ModelConfig, seed: int) -> Model:
     shapes, tree = jax.tree.flatten(model.params)
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     params = [
-        jnp.ones(x.shape, x.dtype) if x.ndim == 1 else _normal(key, x.shape, x.dtype)
+        jnp.ones(x.shape, x.dtype) if x.dtype == jnp.float32 else _normal(key, x.shape, x.dtype)
         for key, x in zip(keys, shapes, strict=True)
     ]
     return dataclasses.replace(model, params=tree.unflatten(params))

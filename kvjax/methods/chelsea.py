@@ -27,6 +27,7 @@ from kvjax.shapes import Positions, Queries, Slots
 __all__ = ["Chelsea"]
 
 _MOST_SLACK = 128
+_SHORT_CHUNK = 32  # slots: a head that is shorter than a chunk is one chunk
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,13 @@ class Chelsea(CacheMethod):
     """
 
     budget: Budget
-    chunk: int = 64
+    chunk: int = 256
     stride: int = 2
     similarity: str = "cosine"
     before_rope: bool = True
     log_n: bool = True
     n_sinks: int = 4
-    n_recent: int = 64
+    n_recent: int = 96
     slack: int | None = None
     rounds: int | None = None
     evicts: ClassVar[bool] = True
@@ -85,8 +86,8 @@ class Chelsea(CacheMethod):
 
     @property
     def least(self) -> int:
-        """Slots that a head has at least: for what stays, and a chunk to merge in, or the slack."""
-        return self.n_sinks + self.n_recent + max(self.chunk, self.n_free)
+        """Slots that a head has at least: for what stays, and to merge in, a chunk or what of it will do."""
+        return self.n_sinks + self.n_recent + max(min(self.chunk, _SHORT_CHUNK), self.n_free)
 
     @property
     def matching(self) -> Matching:
@@ -104,7 +105,7 @@ class Chelsea(CacheMethod):
         row = super().budgets(layer)
         if min(row) < self.least:
             raise ValueError(
-                f"a budget holds sinks, recent tokens, and a chunk or the slack, {self.least} slots, got "
+                f"a budget holds sinks, recent tokens, and a short chunk or the slack, {self.least} slots, got "
                 f"{min(row)}: raise the budget, or lower n_recent, chunk or slack"
             )
         return row
