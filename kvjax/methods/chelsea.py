@@ -105,7 +105,7 @@ class Chelsea(CacheMethod):
         row = super().budgets(layer)
         if min(row) < self.least:
             raise ValueError(
-                f"a budget holds sinks, recent tokens, and a short chunk or the slack, {self.least} slots, got "
+                f"a budget holds sinks, recent tokens, and a short chunk or slack, {self.least} slots, got "
                 f"{min(row)}: raise the budget, or lower n_recent, chunk or slack"
             )
         return row
