@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class Quality:
         novel_keys: pass keys in the first text, of those that the full cache finds.
         key_context: tokens of a text that hides a key.
         seed: chooses documents and keys.
+        workers: rows that are measured side by side.
         out: the folder of results.
     """
 
@@ -94,6 +96,7 @@ class Quality:
     novel_keys: int = 25
     key_context: int = 1024
     seed: int = 0
+    workers: int = 1
     out: Path = results.FOLDER
 
 
@@ -153,14 +156,17 @@ def quality(settings: Quality) -> int:
     """Scores each method at each share that is not stored yet, prints the rows and draws them."""
     stored = _start("quality", settings)
     tried = _Tried(settings, kvjax.load(settings.model, settings.dtype))
-    stored = _measured(
-        stored, {"name": "full", "keep": 1.0, "spec": "Full()"}, lambda: tried.figures(Full(), Full())
-    )
+    rows = [({"name": "full", "keep": 1.0, "spec": "Full()"}, lambda: tried.figures(Full(), Full()))]
     for keep in settings.keeps:
         for name, make in tried.methods(keep):
-            sizes = (round(keep * n) for n in (settings.context, settings.key_context))
             row = {"name": name, "keep": keep, "spec": repr(Chelsea(1)) if "chelsea" in name else name}
-            stored = _measured(stored, row, lambda make=make, sizes=sizes: tried.figures(*map(make, sizes)))
+            rows.append((row, functools.partial(tried.at_share, make, keep)))
+    if any(stored.find(row) is None for row, _ in rows):
+        tried.prepare()
+    with ThreadPoolExecutor(settings.workers) as pool:
+        waiting = [(row, None if stored.find(row) else pool.submit(figures)) for row, figures in rows]
+        for row, future in waiting:
+            stored = _measured(stored, row, future and future.result)
     stored = stored.claim(_claims(settings.model.split("-")[0], stored.rows))
     chelsea_plot.draw_quality(stored.rows, stored.path.with_suffix(".png"))
     print(stored.path)
@@ -213,6 +219,17 @@ class _Tried:
 
     def _keys(self, n: int) -> tuple[int, int, int]:
         return n, self.settings.key_context, self.settings.seed
+
+    def prepare(self) -> None:
+        """Reads and calibrates what the rows share."""
+        _ = self.prose, self.filler, self.novel
+        for keep in self.settings.keeps:
+            self.shares(keep)
+
+    def at_share(self, make: Callable[[int], CacheMethod], keep: float) -> dict[str, Any]:
+        """Returns the figures of a method that keeps a share."""
+        sizes = (self.settings.context, self.settings.key_context)
+        return self.figures(*(make(round(keep * n)) for n in sizes))
 
     def figures(self, method: CacheMethod, short: CacheMethod) -> dict[str, Any]:
         """Returns the figures of a row.
@@ -283,7 +300,7 @@ def _documents(
 
 
 def _start(command: str, settings: Any) -> Results:
-    arguments = map(shlex.quote, options.as_arguments(settings, skip=("out",)))
+    arguments = map(shlex.quote, options.as_arguments(settings, skip=("out", "workers")))
     words = ["python -m experiments.chelsea", command, *arguments]
     return results.start(f"chelsea_{command}", settings.seed, folder=settings.out, command=" ".join(words))
 

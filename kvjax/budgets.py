@@ -10,6 +10,7 @@ Source: ours, inside the frame of Chelsea (arXiv 2506.11418); figures in docs/me
 import functools
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache, clustering, replay
+from kvjax import cache, clustering, merging, replay
 from kvjax.cache import KV
 from kvjax.clustering import Clusters, Matching
 from kvjax.loop import State
@@ -50,13 +51,19 @@ class Shares:
     def table(self, budget: int, least: int = 1) -> tuple[tuple[int, ...], ...]:
         """Returns budgets [L K] in multiples of 32 slots whose mean is at most `budget`, and nearly that.
 
+        A share means the same at every length: no head gets more than the tokens it was calibrated for would
+        fill, budget / keep.
+
         least: slots that each head needs, such as `Chelsea.least`.
 
         Raises:
             ValueError: where the mean is below that.
         """
         least, shares = -(-least // _MULTIPLE) * _MULTIPLE, np.asarray(self.shares)
-        total = budget * np.count_nonzero(shares)
+        total, most = (
+            budget * np.count_nonzero(shares),
+            max(least, budget / self.keep // _MULTIPLE * _MULTIPLE),
+        )
         if least > budget:
             raise ValueError(
                 f"a mean budget is at least what each head needs, {least} slots in multiples of {_MULTIPLE}, "
@@ -64,7 +71,8 @@ class Shares:
             )
 
         def at(scale: float) -> np.ndarray:
-            return np.maximum(_MULTIPLE * np.round(scale * shares / _MULTIPLE), least).astype(int)
+            rounded = _MULTIPLE * np.round(scale * shares / _MULTIPLE)
+            return np.maximum(np.minimum(rounded, most), least).astype(int)
 
         low, high = 0.0, 2.0 * budget * max(1.0, 1 / shares[shares > 0].min())
         for _ in range(60):
@@ -99,8 +107,11 @@ def calibrate(
         method: for how slots are matched; None takes Chelsea's defaults.
 
     Raises:
-        ValueError: for a share that is none, or documents too short to reach it.
+        ValueError: for a share that is none, documents too short to reach it, or a model whose layers all
+            have windows.
     """
+    if all(model.config.layer_windows):
+        raise ValueError(f"layers with a window take no budget, got nothing but those in {model.name}")
     method = method or Chelsea(documents.shape[1])
     left = []
     for ids in documents:
@@ -119,7 +130,7 @@ def calibrate(
 
 
 def pool(state: State, keep: float, how: Matching) -> State:
-    """Merges a state's slots with all heads of all layers in one ranking, until a share `keep` is left.
+    """Merges slots with all heads of all layers in one ranking, until at most a share `keep` is left.
 
     This one shot is for analysis: each prompt gets budgets of its own. Capacities stay as they are. Layers
     with a window are left alone.
@@ -172,15 +183,18 @@ def load(path: Path | str, model: Model) -> Shares:
             float(data["keep"]),
             int(data["context"]),
         )
+        if not all(math.isfinite(x) and x >= 0 for row in shares.shares for x in row):
+            raise ValueError("a share is a number, 0 or more")
+        shape = np.shape(shares.shares)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"budgets are a file of `kvjax calibrate budgets`, got {str(path)!r} ({error!r}): make it anew"
         ) from error
-    shape = (model.config.n_layers, model.config.n_kv_heads)
-    if np.shape(shares.shares) != shape or shares.model != fingerprint(model):
+    wanted = (model.config.n_layers, model.config.n_kv_heads)
+    if shape != wanted or shares.model != fingerprint(model):
         raise ValueError(
             f"budgets belong to one model, got those of another in {str(path)!r}, which are "
-            f"{np.shape(shares.shares)} for {shape}: calibrate {model.name}"
+            f"{shape} for {wanted}: calibrate {model.name}"
         )
     return shares
 
@@ -212,10 +226,8 @@ def _similarity(clusters: Clusters, *, slots: tuple[int, ...], how: Matching) ->
 def _merge(clusters: Clusters, last: Float[Array, "B"], *, slots: tuple[int, ...], how: Matching) -> Clusters:
     """Merges what is at least as similar as `last`."""
     go = clustering.matches(clusters, slots, how)[1] >= last[:, None]
-    heads = [
-        cache.view(clusters.root >= 0, run).sum(-1) - cache.view(go, run).sum(-1) for run in cache.runs(slots)
-    ]
-    return clustering.merge(clusters, jnp.concatenate(heads, axis=1), slots, [1] * len(slots), how)
+    left = merging.dense((clusters.root >= 0) & ~go, slots, False).sum(-1)
+    return clustering.merge(clusters, left, slots, [1] * len(slots), how)
 
 
 @functools.partial(jax.jit, static_argnames="how")

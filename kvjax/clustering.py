@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -135,7 +136,7 @@ def merge(
     """
     best, similarity = matches(clusters, slots, how)
     alive = clusters.root >= 0
-    count = jnp.concatenate([cache.view(alive, run).sum(-1) for run in cache.runs(slots)], axis=1)
+    count = merging.dense(alive, slots, False).sum(-1)
     groups = Groups.of(clusters.n, *_chosen(best, similarity, count - target, slots, goal, how))
     old, new = merging.close(alive, groups.source, slots, slots)
     at = groups.led(new, n_rows=old.shape[1])
@@ -171,16 +172,12 @@ def _chosen(
     how: Matching,
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:  # fmt: skip
     """Returns the rows that merge, n_merges most similar of each head, and into which; R = none."""
-    rows, sources, into = similarity.shape[1], [], []
-    for run in cache.runs(slots, goal):
-        value, at = cache.view(similarity, run), cache.view(best, run)
-        whole, rest = divmod(run.size, how.chunk)
-        n_sources = run.size - whole * (how.chunk // how.stride) - rest // how.stride
-        most = min(n_sources, max(run.size - goal[run.head], 0))
-        source = jnp.argsort(-value, axis=-1, stable=True)[..., :most]
-        at = jnp.take_along_axis(at, source, -1)
-        go = (jnp.arange(most) < n_merges[:, run.head : run.head + run.n, None]) & (at >= 0)
-        first = (run.row + jnp.arange(run.n) * run.size)[:, None]
-        for found, x in ((sources, source), (into, at)):
-            found.append(jnp.where(go, x + first, rows).reshape(x.shape[0], -1))
-    return jnp.concatenate(sources, axis=1), jnp.concatenate(into, axis=1)
+    rows, sizes = similarity.shape[1], np.asarray(slots)
+    n_sources = sizes - sizes // how.chunk * (how.chunk // how.stride) - sizes % how.chunk // how.stride
+    most = np.minimum(n_sources, np.maximum(sizes - np.asarray(goal), 0))
+    source = jnp.argsort(-merging.dense(similarity, slots, -jnp.inf), axis=-1, stable=True)
+    source = source[..., : max(1, most.max())]
+    at = jnp.take_along_axis(merging.dense(best, slots, -1), source, -1)
+    go = (jnp.arange(source.shape[-1]) < n_merges[..., None]) & (at >= 0)
+    first = cache.starts(slots)[:, None]
+    return tuple(merging.packed(jnp.where(go, x + first, rows), most.tolist()) for x in (source, at))

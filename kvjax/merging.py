@@ -6,9 +6,10 @@ Sums are made for the slots that merge alone, in float32, so that a step that me
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import cache, storage
@@ -17,7 +18,7 @@ from kvjax.models.config import RopeConfig
 from kvjax.rope import rotate, unrotate
 from kvjax.shapes import Packed
 
-__all__ = ["Groups", "close", "merge", "put", "take"]
+__all__ = ["Groups", "close", "dense", "merge", "packed", "put", "take"]
 
 
 def merge(
@@ -106,20 +107,29 @@ def close(
 
     Returns for each new row the old one (-1 = empty), and for each old row the new one (Q = none).
     """
-    batch, rows, n_new = jnp.arange(alive.shape[0])[:, None], alive.shape[1], sum(goal)
-    stays = alive.at[batch, leave].set(False, mode="drop")
-    new, first = [], 0
-    for run in cache.runs(slots, goal):
-        size, here = goal[run.head], cache.view(stays, run)
-        nth = jnp.cumsum(here, axis=-1)
-        over = jnp.maximum(nth[..., -1:] - size, 0)  # more than none, where slots could not merge
-        row = first + jnp.arange(run.n)[:, None] * size + jnp.where(nth <= n_first, nth, nth - over) - 1
-        here = here & ((nth <= n_first) | (nth > n_first + over))
-        new.append(jnp.where(here, row, n_new).reshape(row.shape[0], -1))
-        first += run.n * size
-    to = jnp.concatenate(new, axis=1)
-    old = jnp.full((to.shape[0], n_new), -1, jnp.int32)
-    return old.at[batch, to].set(jnp.arange(rows, dtype=jnp.int32), mode="drop"), to
+    batch, n_new = jnp.arange(alive.shape[0])[:, None], sum(goal)
+    here = dense(alive.at[batch, leave].set(False, mode="drop"), slots, False)  # [B K S]
+    nth = jnp.cumsum(here, axis=-1)
+    size, first = (np.asarray(x)[:, None] for x in (goal, cache.starts(goal)))
+    over = jnp.maximum(nth[..., -1:] - size, 0)  # more than none, where slots could not merge
+    row = first + jnp.where(nth <= n_first, nth, nth - over) - 1
+    here = here & ((nth <= n_first) | (nth > n_first + over))
+    new = packed(jnp.where(here, row, n_new), slots)
+    old = jnp.full((new.shape[0], n_new), -1, jnp.int32)
+    return old.at[batch, new].set(jnp.arange(new.shape[1], dtype=jnp.int32), mode="drop"), new
+
+
+def dense(x: Array, slots: Sequence[int], fill_value: Any) -> Array:
+    """Returns packed numbers as [B K S] for the largest S, with fill_value where a head has fewer slots."""
+    slot, sizes = np.arange(max(slots)), np.asarray(slots)[:, None]
+    rows = cache.starts(slots)[:, None] + np.minimum(slot, np.maximum(sizes - 1, 0))
+    return jnp.where(slot < sizes, x[:, np.minimum(rows, x.shape[1] - 1)], fill_value)
+
+
+def packed(x: Array, slots: Sequence[int]) -> Array:
+    """Returns the first slots[head] entries of each head of [B K S], head after head."""
+    head = np.repeat(np.arange(len(slots)), slots)
+    return x[:, head, np.arange(len(head)) - cache.starts(slots)[head]]
 
 
 def take(x: Array, row: Int[Array, "B M"]) -> Array:

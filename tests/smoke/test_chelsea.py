@@ -9,12 +9,16 @@ from experiments import chelsea, chelsea_quality, results
 from tests.tiny_models import byte_tokenizer, tiny
 
 SIZES = {
-    "sweep": ["--docs", "1", "--context", "320", "--rest", "16", "--keeps", "0.5", "--settings", "", "chunk=32"],
+    "sweep": [
+        "--docs", "1", "--context", "320", "--rest", "16", "--keeps", "0.5", "--settings", "", "chunk=32",
+    ],
     "quality": [
         "--docs", "2", "--calibration", "1", "--context", "340", "--rest", "16", "--keeps", "0.5",
         "--methods", "knorm", "--keys", "2", "--novel-keys", "1", "--key-context", "336",
     ],
-    "long": ["--docs", "1", "--prompt", "160", "--new", "48", "--budget", "160", "--methods", "streaming_llm"],
+    "long": [
+        "--docs", "1", "--prompt", "160", "--new", "48", "--budget", "160", "--methods", "streaming_llm",
+    ],
 }  # fmt: skip
 NAMES = {
     "sweep": ["chelsea", "chelsea"],

@@ -287,7 +287,7 @@ WINDOWED = ((0.0, 0.0), (0.7, 1.3))
 )
 def test_a_table_is_in_multiples_of_32_and_its_mean_is_the_budget(shares, budget):
     shares = shares / shares.mean()
-    table = np.array(Shares(tuple(map(tuple, shares.tolist())), "", 0.5, 4096).table(budget, 28))
+    table = np.array(Shares(tuple(map(tuple, shares.tolist())), "", 0.01, 4096).table(budget, 28))
     assert table.shape == shares.shape
     assert (table % 32 == 0).all()
     assert table.min() >= 32  # 28 slots are needed
@@ -296,6 +296,11 @@ def test_a_table_is_in_multiples_of_32_and_its_mean_is_the_budget(shares, budget
     assert (np.diff(table.ravel()[order]) >= 0).all()
     if budget > 1000:
         assert (np.abs(table - np.maximum(table.mean() * shares, 32)) < 0.5 * table.mean()).all()
+
+
+def test_no_head_gets_more_slots_than_there_are_tokens():
+    table = np.array(Shares(((2.5, 0.5), (0.5, 0.5)), "", 0.5, 512).table(256, 28))
+    assert table.tolist() == [[512, 160], [160, 160]]
 
 
 def test_windows_do_not_count_in_a_table():
