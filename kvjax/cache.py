@@ -251,16 +251,16 @@ def newest(kv: KV) -> Int[Array, "B K"]:
     return jnp.concatenate(parts, axis=1)
 
 
-def when(flag: Array, change: Callable[[KV], KV], kv: KV) -> KV:
-    """Returns change(kv) if flag, else kv, inside a compiled program.
+def when(flag: Array, change: Callable[[Any], Any], state: Any) -> Any:
+    """Returns change(state) if flag, else state, inside a compiled program.
 
     It is a loop of at most one round: XLA updates a loop's state in place, and copies that of `lax.cond`.
     """
 
-    def once(carry: tuple[Array, KV]) -> tuple[Array, KV]:
+    def once(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         return jnp.zeros((), bool), change(carry[1])
 
-    return jax.lax.while_loop(lambda carry: carry[0], once, (flag, kv))[1]
+    return jax.lax.while_loop(lambda carry: carry[0], once, (flag, state))[1]
 
 
 def widen(kv: KV, slots: Sequence[int]) -> tuple[KV, Int[Array, "B Q"]]:

@@ -240,7 +240,10 @@ def _compress_all(state: State, queries: Sequence, pos: Array, program: Program)
 @functools.partial(jax.jit, static_argnames=("method", "mesh"))
 def _compress(kv: KV, q: Array, pos: Array, *, method: CacheMethod, mesh: Mesh | None) -> KV:
     """Compresses one layer; equal layers share one program."""
+    return _compressed(kv, q, pos, method, mesh)
 
+
+def _compressed(kv: KV, q: Array, pos: Array, method: CacheMethod, mesh: Mesh | None) -> KV:
     def step(method: CacheMethod, kv: KV, q: Array, pos: Array) -> tuple[KV, None]:
         return method.compress(kv, q, pos), None
 
@@ -250,8 +253,27 @@ def _compress(kv: KV, q: Array, pos: Array, *, method: CacheMethod, mesh: Mesh |
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def _step(params, ids, pos, state, *, program: Program):
     """Runs one decode step."""
-    logits, state, _ = program.run(params, ids, pos, state, compress=True)
+    logits, state = _advance(params, ids, pos, state, program)
     return logits[:, 0], state
+
+
+def _advance(params: Any, ids: Array, pos: Array, state: State, program: Program) -> tuple[Array, State]:
+    """Takes a decode step. Methods that have work seldom compress after it, all layers together."""
+    logits, state, records = program.run(params, ids, pos, state, compress=True)
+    due = [m.due(kv) for m, kv in zip(program.methods, state, strict=True)]
+    if all(d is None for d in due):
+        return logits, state
+
+    def compress(state: State) -> State:
+        """Compresses layer by layer: each in a loop of its own, so that one at a time exists twice."""
+        new = []
+        for kv, record, method, flag in zip(state, records, program.methods, due, strict=True):
+            change = functools.partial(_compressed, q=record.q, pos=pos, method=method, mesh=program.mesh)
+            new.append(kv if flag is None else cache.when(flag, change, kv))
+        return tuple(new)
+
+    flag = functools.reduce(jnp.logical_or, (d for d in due if d is not None))
+    return logits, cache.when(flag, compress, state)
 
 
 def prompt_logits(model: Model, ids: Int[np.ndarray, "B T"]) -> Float[Array, "B T V"]:
@@ -374,7 +396,7 @@ def _decode(params, logits, state, forced, steps, limits: Limits, *, program: Pr
         out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=1)
         ended = ended | jnp.isin(token, limits.stop)
         pos = jnp.where(ended, -1, state[0].seen)[:, None]
-        new, state, _ = program.run(params, token[:, None], pos, state, compress=True)
+        new, state = _advance(params, token[:, None], pos, state, program)
         return i + 1, jnp.where(ended[:, None], logits, new[:, 0]), state, out, kept, ended
 
     out = jnp.full((batch, n), -1, jnp.int32)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax import cache
@@ -53,7 +52,6 @@ class CacheMethod(abc.ABC):
 
     rotated: ClassVar[bool] = True  # keys are stored rotated
     evicts: ClassVar[bool] = False  # compress removes or moves slots
-    moves: ClassVar[bool] = False  # compress moves slots in a decode step too: where `fill` falls
     n_free: ClassVar[int] = 1  # slots of a budget that compress leaves free, at most
     couples_heads: ClassVar[bool] = False  # a verb looks at several KV heads of a layer together
     budget: Budget | None
@@ -132,6 +130,13 @@ class CacheMethod(abc.ABC):
         """Brings the state down to the budget, given the queries of this call, the newest last."""
         return kv
 
+    def due(self, kv: KV) -> jax.Array | None:
+        """Returns whether `compress` has work after a decode step; None = it runs in every step.
+
+        A method that has work seldom says so here: the step asks once for all layers, after the last.
+        """
+        return None
+
     def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
         """Returns what these queries read, None = every slot."""
         return None
@@ -185,11 +190,6 @@ class Chain(CacheMethod):
         return self.methods[0].evicts
 
     @property
-    def moves(self) -> bool:  # type: ignore[override]
-        """Whether the first method moves slots in a decode step."""
-        return self.methods[0].moves
-
-    @property
     def n_free(self) -> int:
         """What the first method leaves free."""
         return self.methods[0].n_free
@@ -225,16 +225,17 @@ class Chain(CacheMethod):
         """Lets every method refresh its index."""
         return self._each(kv, lambda m, part: m.observe(part, q, pos, idx))
 
+    def due(self, kv: KV) -> jax.Array | None:
+        """Returns whether the first method has work; the others compress with it."""
+        return self.methods[0].due(kv)
+
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
         """Compresses in order; methods after an eviction make their index anew."""
-        before = kv
+        before, late = kv.slots, self.due(kv) is not None
 
         def one(m: CacheMethod, part: KV) -> KV:
-            if part.slots != before.slots:
+            if m is not self.methods[0] and (late or part.slots != before):
                 part = m.moved(part, None)
-            elif self.moves and m is not self.methods[0]:
-                moved = jnp.any(part.fill < before.fill)
-                part = cache.when(moved, lambda kv: m.moved(kv, None), part)
             return m.compress(part, q, pos)
 
         return self._each(kv, one)

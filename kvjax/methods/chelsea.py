@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from kvjax import cache, clustering
 from kvjax.cache import KV, Layer
@@ -57,7 +58,6 @@ class Chelsea(CacheMethod):
     slack: int | None = None
     rounds: int | None = None
     evicts: ClassVar[bool] = True
-    moves: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that leave nothing to merge."""
@@ -122,6 +122,10 @@ class Chelsea(CacheMethod):
             return kv
         return kv.replace(aux=kv.aux.at[jnp.arange(idx.shape[0])[:, None, None], idx].set(1.0, mode="drop"))
 
+    def due(self, kv: KV) -> Array:
+        """Returns whether a head is full."""
+        return jnp.any(kv.fill >= jnp.asarray(self.budgets(kv.layer)))
+
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
         """Clusters the heads that are full, if there are any.
 
@@ -130,21 +134,15 @@ class Chelsea(CacheMethod):
         """
         budgets = self.budgets(kv.layer)
         slots = tuple(min(b, s) for b, s in zip(budgets, kv.slots, strict=True))
-        if all(s < b for s, b in zip(kv.slots, budgets, strict=True)):
-            return kv  # serves fewer tokens than the budget
-        full = cache.count(kv) >= jnp.asarray(budgets)
         goal = [b - self.n_free if s >= b else s for s, b in zip(kv.slots, budgets, strict=True)]
+        if all(s == g for s, g in zip(kv.slots, goal, strict=True)):
+            return kv  # serves fewer tokens than the budget
         for s, g in zip(kv.slots, goal, strict=True):
             self._check(s, g)
-
-        def cluster(kv: KV) -> KV:
-            n = kv.mass if self.log_n else jnp.where(kv.mass > 0, kv.aux, 0.0)
-            kv, n = clustering.reduce(kv, n, goal, full, self.matching, self.rounds, slots)
-            return kv if self.log_n else kv.replace(aux=n, mass=jnp.minimum(kv.mass, 1.0))
-
-        if slots != kv.slots:
-            return cluster(kv)
-        return cache.when(jnp.any(full), cluster, kv)
+        n = kv.mass if self.log_n else jnp.where(kv.mass > 0, kv.aux, 0.0)
+        full = cache.count(kv) >= jnp.asarray(budgets)
+        kv, n = clustering.reduce(kv, n, goal, full, self.matching, self.rounds, slots)
+        return kv if self.log_n else kv.replace(aux=n, mass=jnp.minimum(kv.mass, 1.0))
 
     def _check(self, size: int, goal: int) -> None:
         """Raises ValueError where the rounds cannot bring a head of `size` slots to its goal."""

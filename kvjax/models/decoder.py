@@ -113,7 +113,7 @@ def _attend_layer(
     kv, idx = cache.append(kv, k, v, pos)
     kv = method.observe(kv, q, pos, idx)
     out = attend(kv, q, pos, method.select(kv, q, pos))
-    return method.compress(kv, q, pos) if compress else kv, out
+    return method.compress(kv, q, pos) if compress and method.due(kv) is None else kv, out
 
 
 class FeedForward(nn.Module):
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
             pos: rotary positions; -1 marks padding, which changes no state.
             state: one KV per layer, before these tokens.
             methods: one per layer.
-            compress: let the methods compress after these tokens.
+            compress: let the methods compress after these tokens, but those that say when they are `due`.
             last_only: logits of the last token alone (Q = 1), else of all (Q = T).
 
         Returns: float32 logits, the new state, and per layer what attention was given.
