@@ -151,7 +151,11 @@ def _prepared(settings: Settings, console: Console) -> Run:
     )  # fmt: skip
     source = hashlib.sha256(settings.plugin.read_bytes()).hexdigest()[:12] if settings.plugin else None
     data = {"model": settings.model, "dtype": str(model.dtype), "data": batch.digest, "plugin": source}
-    return Run(model, batch, plan(settings.methods, settings.budgets, batch.total, methods), data)
+    trials = plan(settings.methods, settings.budgets, batch.total, methods)
+    for method, layer in ((m, layer) for t in trials for m, layer in t.layers(model.config)):
+        if getattr(method, "budget", None) is not None:
+            method.budgets(layer)  # one that is too small is told before anything is measured
+    return Run(model, batch, trials, data)
 
 
 def _measured(run: Run, missing: Sequence[Trial], stored: Results, console: Console) -> Results:

@@ -1,10 +1,13 @@
 """Lists the rows of a comparison: methods, budgets, and whether compression sees the question."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvjax import spec
+from kvjax.cache import Layer
 from kvjax.method import CacheMethod
+from kvjax.methods import layers, per_layer
+from kvjax.models.config import ModelConfig
 
 __all__ = ["Methods", "Trial", "plan"]
 
@@ -22,6 +25,10 @@ class Trial:
     ratio: float
     budget: int
     question: str  # "unseen" or "seen" by the compression
+
+    def layers(self, config: ModelConfig) -> Iterator[tuple[CacheMethod, Layer]]:
+        """Yields the method and the settings of each layer of a model."""
+        return zip(per_layer(self.method, config), layers(config), strict=True)
 
 
 def plan(names: Sequence[str], budgets: Sequence[float], total: int, methods: Methods) -> list[Trial]:

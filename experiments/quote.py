@@ -39,6 +39,11 @@ def files() -> dict[Path, dict[str, Callable[[], str]]]:
     return {
         _ROOT / "README.md": {"compare": _compare, "peers": _peers, "kernels": _kernels},
         _ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
+        _ROOT / "docs" / "methods" / "chelsea.md": {
+            "quality": _chelsea_quality,
+            "sweep": _chelsea_sweep,
+            "speed": _chelsea_speed,
+        },
     }
 
 
@@ -57,10 +62,10 @@ def quoted(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     return text
 
 
-def _newest(experiment: str, options: str | None = None) -> tuple[dict, str]:
+def _newest(experiment: str, options: str | None = None, folder: str | None = None) -> tuple[dict, str]:
     """Returns the newest stored run of an experiment with its defaults, or that begins with options."""
     command = f"python -m experiments.{experiment}"
-    found = [(results.load(path), path) for path in (results.FOLDER / experiment).glob("*.json")]
+    found = [(results.load(path), path) for path in (results.FOLDER / (folder or experiment)).glob("*.json")]
     stored, path = max(
         (
             (run, path)
@@ -145,6 +150,56 @@ def _every_kernel() -> str:
             f"| {r['fraction']:.2f} | {', '.join(peers)} |"
         )
     return "\n".join(lines) + f"\n\n(`{stored['command']}` of {stored['commit'][:7]}: [{path}](../{path}))\n"
+
+
+def _chelsea_quality() -> str:
+    """Returns each method's figures at each share of the slots."""
+    stored, path = _newest("chelsea", " quality", "chelsea_quality")
+    lines = [
+        "| slots kept | method | KL to full | top-1 | perplexity | keys in filler | keys in a novel |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in stored["rows"]:
+        keys = (f"{r[f'passkey_{where}']} of {r[f'passkey_{where}_of']}" for where in ("filler", "novel"))
+        lines.append(
+            f"| {r['keep']:.0%} | {r['name']} | {r['kl']:.4f} | {r['top1']:.1%} | {r['perplexity']:.2f} "
+            f"| {' | '.join(keys)} |"
+        )
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _chelsea_sweep() -> str:
+    """Returns the KL of each setting beside that of the ones it was tried beside."""
+    stored, path = _newest("chelsea", " sweep", "chelsea_sweep")
+    lines = ["| setting | slots kept | KL to full | top-1 |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['setting'] or 'none'} | {r['keep']:.0%} | {r['kl']:.4f} | {r['top1']:.1%} |"
+        for r in stored["rows"]
+    ]
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _chelsea_speed() -> str:
+    """Returns the decode steps: times, what the bytes allow, and the share of clustering."""
+    stored, path = _newest("chelsea", " speed", "chelsea_speed")
+    lines = [
+        "| rows x tokens | budgets | step, µs | of the limit | clustering | times as fast | bytes allow |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in (r for r in stored["rows"] if r["part"] == "decode"):
+        shape, ratio = r["spec"].split(" ")[0], (f"{r.get(k, 1):.2f}" for k in ("speedup", "byte_ratio"))
+        lines.append(
+            f"| {shape}, {r['rows']} x {r['slots']:,} | {r['budgets']} | {r['step_us']:,.0f} "
+            f"| {r['fraction']:.0%} | {r['cluster_share']:.1%} | {' | '.join(ratio)} |"
+        )
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _below(stored: dict, path: str) -> str:
+    """Says under a table of docs/methods which command made it."""
+    return (
+        f"\n\n(`{stored['command']}` of {stored['commit'][:7]}, {stored['device']}: [{path}](../../{path}))\n"
+    )
 
 
 def main() -> None:

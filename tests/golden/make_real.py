@@ -34,9 +34,9 @@ N_TOP = 20
 
 def make_ids(name: str) -> dict:
     """Returns the model's file and the token ids of both prompts."""
-    from kvjax.text import PROSE, read_text
     from kvjax.models.hub import fetch
     from kvjax.models.tokenizer import load_tokenizer
+    from kvjax.text import PROSE, read_text
 
     path = fetch(name)
     tokenizer = load_tokenizer(path)

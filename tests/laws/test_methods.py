@@ -94,6 +94,24 @@ def test_slots_stay_within_the_budget(name, compress):
 
 
 @every_method
+def test_a_method_that_is_not_due_has_no_work(name):
+    """A step does what is due before it returns; then `compress` is the identity, bit for bit."""
+    model, method = MODELS["G2"], CASES[name]
+    _, state = kvjax.prefill(model, PROMPTS, method, room=NEW)
+    if method.due(state[0]) is None:
+        pytest.skip("compresses in every step")
+    flags = []
+    for token in FORCED.T:
+        _, state = kvjax.decode_step(model, token, state, method)
+        q, pos = jnp.zeros((2, 1, 2, 2, 16)), state[0].seen[:, None] - 1
+        for kv in state:
+            assert not bool(method.due(kv))
+            jax.tree.map(np.testing.assert_array_equal, method.compress(kv, q, pos), kv)
+        flags.append(int(state[0].fill.max()))
+    assert (np.diff(flags) < 0).any()
+
+
+@every_method
 @every_model
 def test_mass_accounts_for_the_tokens_seen(name, model_name):
     model = MODELS[model_name]

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from method_cases import BUDGET, FORCED, MODELS, NEW, PROMPTS, run, settings, tiny
 
 import kvjax
-from kvjax import budgets, cache, loop, storage
+from kvjax import budgets, cache, loop, storage, text
 from kvjax.budgets import Shares
 from kvjax.clustering import Matching
 from kvjax.methods import make
 from kvjax.methods.chelsea import Chelsea
+from tests.tiny_models import byte_tokenizer
 
 MODEL = MODELS["G2"]
 ROW = (40, 56)  # budgets of the heads of each layer
@@ -376,3 +377,34 @@ def test_a_fingerprint_is_of_the_weights_and_not_of_their_type():
     assert budgets.fingerprint(other) != name
     deeper = dataclasses.replace(MODEL.config, rope=kvjax.models.config.RopeConfig(base=5e5))
     assert budgets.fingerprint(dataclasses.replace(MODEL, config=deeper)) != name
+
+
+@pytest.mark.parametrize(
+    ("first", "row"), [(1.0, (100, 100, 100)), (1.5, (150, 100, 50)), (0.5, (50, 100, 150))]
+)
+def test_a_schedule_is_a_line_whose_mean_is_the_budget(first, row):
+    assert budgets.schedule(100, 3, first) == row
+
+
+@pytest.mark.parametrize("first", [0.0, 2.0, -1.0])
+def test_a_schedule_that_leaves_a_layer_without_budget_raises(first):
+    with pytest.raises(ValueError, match="every layer gets a budget"):
+        budgets.schedule(100, 3, first)
+
+
+def test_a_budget_per_layer_is_each_layers_budget():
+    model = MODELS["G2"]
+    method = Chelsea(budgets.schedule(60, 2, 1.2), chunk=16, n_recent=8, slack=4)
+    _, state = kvjax.prefill(model, PROMPTS, method, room=8)
+    assert [kv.slots for kv in state] == [(72, 72), (48, 48)]
+
+
+def test_documents_are_from_all_texts(tmp_path):
+    tokenizer, paths = byte_tokenizer(), []
+    for letter in "ab":
+        paths.append(str(tmp_path / letter))
+        (tmp_path / letter).write_text(letter * 300)
+    found = text.documents(tokenizer, paths, 3, 50, 0)
+    assert [tokenizer.decode(row.tolist())[0] for row in found] == ["a", "a", "b"]
+    with pytest.raises(ValueError, match="each text gives a document"):
+        text.documents(tokenizer, paths, 1, 50, 0)

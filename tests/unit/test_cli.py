@@ -3,7 +3,7 @@ import io
 import pytest
 
 import kvjax
-from kvjax import cli
+from kvjax import budgets, cli
 from tests.tiny_models import byte_tokenizer, tiny
 
 
@@ -73,6 +73,22 @@ def test_an_unknown_model_and_option_name_the_nearest(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["generate", "Hi", "--metod", "full"])
     assert "--method" in "".join(capsys.readouterr())
+
+
+def test_calibrated_budgets_serve_generation(loaded, capsys, tmp_path):
+    path, long = tmp_path / "shares.json", "Hello, world. " * 14
+    sizes = ["--docs", "2", "--context", "240", "--keep", "0.7", "--out", str(path)]
+    assert cli.main(["calibrate", "budgets", *sizes]) == 0
+    assert "1 of 4 heads need" in capsys.readouterr().out
+    chelsea = ["generate", long, "--method", "chelsea:slack=8", "--max-new-tokens", "8"]
+    assert cli.main([*chelsea, "--budget", "192", "--shares", str(path)]) == 0
+    table = budgets.load(path, loaded).table(192, 132)
+    made = kvjax.generate(loaded, long, cli.spec.parse("chelsea:slack=8", budget=table), max_new_tokens=8)
+    assert capsys.readouterr().out == made[0].text + "\n"
+    assert cli.main([*chelsea, "--shares", str(path)]) == 2
+    assert "give --budget too" in capsys.readouterr().err
+    assert cli.main(["calibrate", "budgets", "--keep", "1.5", *sizes[:4]]) == 2
+    assert "a share is between 0 and 1" in capsys.readouterr().err
 
 
 def test_a_model_without_tokenizer_is_refused(capsys, monkeypatch):
