@@ -211,11 +211,14 @@ class _Tried:
     @functools.cached_property
     def novel(self) -> Answers:
         """Keys in a text that the full cache finds, the first so many of three times as many."""
-        n = self.settings.novel_keys
-        contexts = hidden_keys(self.model, *self._keys(3 * n), self.settings.texts[0])
-        answers = Answers.of(self.model, *contexts)
-        right = answers.right(Full())
-        return answers.only(np.asarray(right) & (np.cumsum(right) <= n))
+        n, right = self.settings.novel_keys, []
+        contexts, keys = hidden_keys(self.model, *self._keys(3 * n), self.settings.texts[0])
+        for part in (slice(start, start + n) for start in range(0, len(keys), n)):
+            right += Answers.of(self.model, contexts[part], keys[part]).right(Full())
+            if sum(right) >= n:
+                break
+        found = np.flatnonzero(right)[:n]
+        return Answers.of(self.model, [contexts[i] for i in found], [keys[i] for i in found])
 
     def _keys(self, n: int) -> tuple[int, int, int]:
         return n, self.settings.key_context, self.settings.seed

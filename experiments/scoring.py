@@ -96,6 +96,8 @@ class Answers:
     @classmethod
     def of(cls, model: kvjax.Model, contexts: Sequence[Sequence[int]], keys: Sequence[str]) -> "Answers":
         """Reads texts densely."""
+        if not contexts:
+            return cls(model, jnp.zeros((0, 0), jnp.int32), (), ())
         _, pos, records = replay.record(model, contexts, room=64)
         return cls(model, pos, records, tuple(keys))
 
@@ -113,12 +115,6 @@ class Answers:
         drawn = np.asarray(tokens)[:, len(question) :]
         answers = [self.model.tokenizer.decode(row[row >= 0].tolist()) for row in drawn]
         return [passkey.graded(a, key) for a, key in zip(answers, self.keys, strict=True)]
-
-    def only(self, which: Sequence[bool]) -> "Answers":
-        """Returns some of the texts."""
-        at = np.flatnonzero(which)
-        records = tuple(Record(*(x[at] for x in r)) for r in self.records)
-        return Answers(self.model, self.pos[at], records, tuple(self.keys[i] for i in at))
 
 
 def hidden_keys(

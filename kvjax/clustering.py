@@ -86,9 +86,10 @@ def reduce(
 
     n: tokens that each slot stands for. Returns the state and n, both packed anew.
 
-    Cost: per pass reads the keys twice and writes them twice; then reads and writes keys and values once.
+    Cost: reads the keys twice and writes them once to compare them, and as much again for each pass but the
+    last; then reads and writes keys and values once.
     """
-    n_passes = max(len(plan(size, g, how, rounds)) for size, g in zip(kv.slots, goal, strict=True))
+    n_passes = max(1, *(len(plan(size, g, how, rounds)) for size, g in zip(kv.slots, goal, strict=True)))
     first, goals = cache.count(kv), jnp.asarray(goal, jnp.int32)
     ratio = _ratio(jnp.maximum(first, goals), goals, how, rounds)
 
@@ -97,8 +98,11 @@ def reduce(
         target = jnp.where(full, jnp.where(i + 1 >= (rounds or n_passes), goals, target), first)
         return merge(clusters, target, kv.slots, goal, how)
 
-    clusters = jax.lax.fori_loop(0, n_passes, one, begin(kv, n, how))
-    return finish(kv, n, clusters, goal, slots, how)
+    clusters = begin(kv, n, how)
+    if n_passes > 1:
+        clusters = jax.lax.fori_loop(0, n_passes - 1, one, clusters)
+    # The last pass is outside the loop, so that XLA sees that nobody wants the keys that it would move.
+    return finish(kv, n, one(jnp.int32(n_passes - 1), clusters), goal, slots, how)
 
 
 def begin(kv: KV, n: Packed, how: Matching) -> Clusters:

@@ -6,7 +6,6 @@ so one dense pass serves every method and budget.
 
 import functools
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -113,16 +112,14 @@ def read(
 def finish(
     model: Model, method: CacheMethod, state: State, records: Iterable[Record], pos: Int[Array, "B T"]
 ) -> State:
-    """Compresses a replayed prompt; the given state is kept. Layers that differ compile side by side."""
+    """Compresses a replayed prompt; the given state is kept."""
     methods = per_layer(method, model.config)
     n_queries = max(m.n_queries for m in methods)
     newest = slice(max(pos.shape[1] - n_queries, 0), None)
-
-    def one(kv: KV, record: Record, method: CacheMethod) -> KV:
-        return _finish_layer(kv, record.q[:, newest], pos[:, newest], method=method)
-
-    with ThreadPoolExecutor() as pool:
-        return tuple(pool.map(one, state, records, methods))
+    return tuple(
+        _finish_layer(kv, r.q[:, newest], pos[:, newest], method=m)
+        for kv, r, m in zip(state, records, methods, strict=True)
+    )
 
 
 def _empty(pos: Array, layer: Layer, method: CacheMethod, total: int, prompt: int, dtype: Any) -> KV:

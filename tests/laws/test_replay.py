@@ -19,7 +19,8 @@ every_model = pytest.mark.parametrize("model_name", MODELS)
 
 
 def method_of(name: str, budget: int) -> kvjax.CacheMethod:
-    return spec.parse(name, budget=budget, window=32 if "kivi" in name else 8)
+    short = {"budget": budget, "window": 32 if "kivi" in name else 8, "n_recent": 8, "chunk": 16}
+    return spec.parse(name, **short)
 
 
 def recorded(model_name: str):
