@@ -58,8 +58,8 @@ class Speed:
     cluster: str = "llama-3.1-8b:1x32768"
     streaming: str = "llama-3.1-8b:1x131072"
     keep: float = 0.2
-    slack: int = 128
-    steps: int = 32
+    slack: int = 192
+    steps: int = 64
     samples: int = 3
     new: int = 1024
     chunk: int = 2048

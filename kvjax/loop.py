@@ -368,10 +368,10 @@ def decode(
         >>> model.tokenizer.decode(tokens[0].tolist())
         ' Paris.'
     """
-    n_steps = jnp.int32(forced.shape[1] if steps is None else steps)
+    n_steps = np.int32(forced.shape[1] if steps is None else steps)
     program = Program.of(model, method)
     return _decode(
-        model.params, logits, state, jnp.asarray(forced), n_steps, sampling.limits(),
+        model.params, logits, state, np.asarray(forced, np.int32), n_steps, sampling.limits(),
         program=program, keep_logits=keep_logits,
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -53,16 +54,19 @@ class Sampling:
             raise ValueError(f"min_p is in [0, 1], got {self.min_p=}")
 
     def limits(self) -> "Limits":
-        """Returns the settings as traced values."""
+        """Returns the settings as traced values, on the host: a call takes them along for nothing."""
         numbers = (self.temperature, self.top_k, self.top_p, self.min_p)
-        stop = jnp.asarray(self.stop or (-1,), jnp.int32)
-        key = jax.random.key(self.seed)
-        return Limits(*(jnp.float32(x) for x in numbers), stop=stop, key=key, greedy=self.temperature == 0)
+        return Limits(
+            *(np.float32(x) for x in numbers),
+            stop=np.asarray(self.stop or (-1,), np.int32),
+            seed=np.uint32(self.seed % 2**32),
+            greedy=self.temperature == 0,
+        )
 
 
 @struct.dataclass
 class Limits:
-    """Sampling settings on the device.
+    """Sampling settings of a compiled program.
 
     greedy is known when a program is compiled: to choose on the device would halt a GPU in every step.
     """
@@ -72,7 +76,7 @@ class Limits:
     top_p: Leaf
     min_p: Leaf
     stop: Leaf  # [n] token ids
-    key: Leaf
+    seed: Leaf
     greedy: bool = struct.field(pytree_node=False)
 
 
@@ -97,5 +101,5 @@ def _draw(logits: Array, limits: Limits, step: Array) -> Array:
     ranked = jnp.where((before >= limits.top_p) & (rank > 0), -jnp.inf, ranked)
     p = jax.nn.softmax(ranked, axis=-1)
     ranked = jnp.where(p < limits.min_p * p[:, :1], -jnp.inf, ranked)
-    drawn = jax.random.categorical(jax.random.fold_in(limits.key, step), ranked, axis=-1)
+    drawn = jax.random.categorical(jax.random.fold_in(jax.random.key(limits.seed), step), ranked, axis=-1)
     return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

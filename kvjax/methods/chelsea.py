@@ -27,7 +27,7 @@ from kvjax.shapes import Positions, Queries, Slots
 
 __all__ = ["Chelsea"]
 
-_MOST_SLACK = 128
+_SLACK = (8, 256)  # slots
 _SHORT_CHUNK = 32  # slots: a head that is shorter than a chunk is one chunk
 
 
@@ -43,7 +43,7 @@ class Chelsea(CacheMethod):
         log_n: add the logarithm of its tokens to a slot's logit.
         n_sinks: first tokens that never merge.
         n_recent: newest tokens that never merge.
-        slack: slots that a clustering leaves free; None is a 16th of the smallest budget, at most 128.
+        slack: slots that a clustering leaves free; None is a 32nd of the smallest budget, from 8 to 256.
         rounds: passes of a clustering, None for as many as the ratio needs.
     """
 
@@ -54,7 +54,7 @@ class Chelsea(CacheMethod):
     before_rope: bool = True
     log_n: bool = True
     n_sinks: int = 4
-    n_recent: int = 96
+    n_recent: int = 124
     slack: int | None = None
     rounds: int | None = None
     evicts: ClassVar[bool] = True
@@ -82,7 +82,7 @@ class Chelsea(CacheMethod):
         """The slack, in slots."""
         if self.slack is not None:
             return self.slack
-        return max(1, min(_MOST_SLACK, int(np.min(self.budget)) // 16))
+        return int(np.clip(np.min(self.budget) // 32, *_SLACK))
 
     @property
     def least(self) -> int:
