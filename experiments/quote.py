@@ -30,6 +30,15 @@ _KERNELS = """
     sparse products beside dense, 70% zeros | x | 2.60x | sparse_matvec.speedup_70
     without zeros, time beside dense | | 1.05 | sparse_matvec.time_ratio_0
 """  # case, how its figure is written, what was wanted, claim
+_CHELSEA = """
+    tokens a second where memory is equal, 8 full rows of 32,768, 8B | | 4.5 | equal_memory_throughput
+    clustering a prompt of 32,768 tokens, of its prefill, 8B | % | 2% | cluster_share_of_prefill
+    clustering, of decode time, the worst case | % | 5% | cluster_share_of_decode
+    most bytes of a state, a prompt of 131,072 in chunks, of full's, 8B | % | 30% | streaming_peak_kv_fraction
+    slope of full's step over the context, beside Chelsea's | | 5 | line_slope_ratio
+    a step off the straight line, at most | % | | line_deviation
+    prompts of 32,768 tokens with 1,024 new ones, times as fast | | 2.72 | end_to_end_speedup
+"""
 _PEERS = {"cudnn": "cuDNN", "jax_op": "JAX's op", "exact": "q·K"}
 _ROOT = Path(__file__).parent.parent
 
@@ -187,12 +196,20 @@ def _chelsea_speed() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for r in (r for r in stored["rows"] if r["part"] == "decode"):
-        shape, ratio = r["spec"].split(" ")[0], (f"{r.get(k, 1):.2f}" for k in ("speedup", "byte_ratio"))
+        shape, share = r["spec"].replace(" bfloat16", ""), max(0, r["cluster_share"])
+        ratios = (f"{r[k]:.2f}" if k in r else "" for k in ("speedup", "byte_ratio"))
         lines.append(
             f"| {shape}, {r['rows']} x {r['slots']:,} | {r['budgets']} | {r['step_us']:,.0f} "
-            f"| {r['fraction']:.0%} | {r['cluster_share']:.1%} | {' | '.join(ratio)} |"
+            f"| {r['fraction']:.0%} | {share:.1%} | {' | '.join(ratios)} |"
         )
-    return "\n".join(lines) + _below(stored, path)
+    lines += ["", "| figure | measured | wanted |", "|---|---|---|"]
+    for row in _CHELSEA.strip().splitlines():
+        words, how, wanted, claim = map(str.strip, row.split("|"))
+        if f"chelsea.{claim}" in stored["claims"]:
+            value = stored["claims"][f"chelsea.{claim}"]
+            lines.append(f"| {words} | {f'{value:.1%}' if how == '%' else f'{value:.2f}'} | {wanted} |")
+    picture = f"![Decode steps over the context](../../{path.removesuffix('.json')}.png)"
+    return "\n".join(lines) + f"\n\n{picture}" + _below(stored, path)
 
 
 def _below(stored: dict, path: str) -> str:
