@@ -49,6 +49,7 @@ class Settings:
         seed: chooses excerpts and pass keys.
         out: the folder of results.
         plugin: a .py file that defines a method, which joins the table.
+        calibration: a folder of `kvjax calibrate a2ats`, whose method joins the table.
     """
 
     model: str = "smollm2-135m"
@@ -62,6 +63,7 @@ class Settings:
     seed: int = 0
     out: Path = results.FOLDER
     plugin: Path | None = None
+    calibration: Path | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,20 +140,23 @@ class Run:
 def _prepared(settings: Settings, console: Console) -> Run:
     """Checks the settings, the names before anything is downloaded, and loads what they name."""
     methods: Methods = kvjax.METHODS | (plugin.load(settings.plugin) if settings.plugin else {})
-    plan(settings.methods, settings.budgets, settings.context, methods)
+    given = {} if settings.calibration is None else {"calibration": codebooks.load(settings.calibration)}
+    plan(settings.methods, settings.budgets, settings.context, methods, **given)
     with console.status(f"Loading {settings.model}"):
         model = kvjax.load(settings.model, settings.dtype)
     if model.tokenizer is None:
         raise ValueError(
             f"a comparison needs a tokenizer, got none with {settings.model!r}: add tokenizer.json"
         )
+    if given:
+        given["calibration"].check(model)
     batch = lay_out(
         model.tokenizer, settings.text, context=settings.context, continuation=settings.continuation,
         docs=settings.docs, seed=settings.seed,
     )  # fmt: skip
     source = hashlib.sha256(settings.plugin.read_bytes()).hexdigest()[:12] if settings.plugin else None
     data = {"model": settings.model, "dtype": str(model.dtype), "data": batch.digest, "plugin": source}
-    trials = plan(settings.methods, settings.budgets, batch.total, methods)
+    trials = plan(settings.methods, settings.budgets, batch.total, methods, **given)
     for method, layer in ((m, layer) for t in trials for m, layer in t.layers(model.config)):
         if getattr(method, "budget", None) is not None:
             method.budgets(layer)  # one that is too small is told before anything is measured

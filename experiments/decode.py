@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 import kvjax
-from experiments import decode_model, options, results
+from experiments import command, decode_model, options, results
 from kvjax import loop
 from kvjax.methods.full import Full
 from kvjax.model import Model
@@ -88,20 +87,8 @@ class Speed:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 on a fault, 2 on a bad option."""
-    console, arguments = Console(stderr=True), sys.argv[1:] if arguments is None else list(arguments)
-    try:
-        name = arguments[0] if arguments else ""
-        if name not in _COMMANDS:
-            raise ValueError(f"a command is one of {', '.join(_COMMANDS)}, got {name!r}")
-        kind, run = _COMMANDS[name]
-        return run(options.parse(kind, arguments[1:], __doc__))
-    except ValueError as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 2
-    except (OSError, RuntimeError) as error:
-        console.print(f"error: {error}", style="red", highlight=False, markup=False)
-        return 1
+    """Runs the command line and returns its exit code, see `command.run`."""
+    return command.run(_COMMANDS, arguments, __doc__)
 
 
 def aot(settings: Aot) -> int:
@@ -262,7 +249,7 @@ def _in_words(row: Mapping[str, Any]) -> str:
     return f"peak {peak:.0f} MiB a device ({held}, {temp:.0f} MiB temporary); {moved}; {row['impl']}"
 
 
-_COMMANDS: Mapping[str, tuple[type, Callable[[Any], int]]] = {"aot": (Aot, aot), "speed": (Speed, speed)}
+_COMMANDS: command.Commands = {"aot": (Aot, aot), "speed": (Speed, speed)}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -20,7 +20,7 @@ import numpy as np
 from kvjax import cache
 from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
-from kvjax.shapes import Positions, Queries, Slots
+from kvjax.shapes import Positions, Queries, Slots, Tokens
 
 __all__ = ["Budget", "CacheMethod", "Chain", "chain"]
 
@@ -122,8 +122,11 @@ class CacheMethod(abc.ABC):
         """Returns an empty state with `slots` per KV head."""
         return self.moved(cache.allocate(layer, batch, slots, dtype, rotated=self.rotated), None)
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
-        """Refreshes the index after tokens were written to packed rows idx (R = dropped)."""
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
+        """Refreshes the index after tokens were written to packed rows idx (R = dropped).
+
+        k: their keys before the rotation.
+        """
         return kv
 
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
@@ -221,9 +224,9 @@ class Chain(CacheMethod):
         states = [m.init(layer, batch, slots, dtype) for m in self.methods]
         return states[0].replace(aux=tuple(kv.aux for kv in states))
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Lets every method refresh its index."""
-        return self._each(kv, lambda m, part: m.observe(part, q, pos, idx))
+        return self._each(kv, lambda m, part: m.observe(part, q, k, pos, idx))
 
     def due(self, kv: KV) -> jax.Array | None:
         """Returns whether the first method has work; the others compress with it."""

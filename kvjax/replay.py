@@ -141,7 +141,7 @@ def _read_layer(kv: KV, r: Record, pos: Array, *, method: CacheMethod, chunk: in
     def one(kv, i):
         q, k, v, p = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis=1) for x in (*r, pos))
         kv, idx = cache.append(kv, k, v, p)
-        return method.observe(kv, q, p, idx), None
+        return method.observe(kv, q, k, p, idx), None
 
     return jax.lax.scan(one, kv, jnp.arange((length + lead) // chunk))[0]
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
+from kvjax.calibrate.codebooks import Codebooks
 from kvjax.method import CacheMethod
 from kvjax.methods import METHODS, make
 from kvjax.model import Model
@@ -47,10 +48,22 @@ def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
 MODELS = {"G2": tiny(2), "G1 with a window": tiny(1, windows=(24, None))}
 
 
+def codebooks(model: Model, seed: int = 0, n_codes: int = 24) -> Codebooks:
+    """Random codebooks for a tiny model, in a frame that is not that of its keys."""
+    c, rng = model.config, np.random.default_rng(seed)
+    square = rng.normal(size=(c.n_layers, c.n_kv_heads, c.head_dim, 2 * c.head_dim))
+    metric = np.linalg.cholesky(square @ np.swapaxes(square, -1, -2) / (2 * c.head_dim))
+    centroids = rng.normal(size=(c.n_layers, c.n_kv_heads, n_codes, c.head_dim)) @ metric
+    books = (jnp.asarray(x, jnp.float32) for x in (centroids, metric))
+    return Codebooks(*books, tuple(w is not None for w in c.layer_windows), "tiny", 64, 64)
+
+
 def settings(name: str, budget=BUDGET) -> dict:
     """The settings under which a method is tested: its defaults at a budget, for prompts this short."""
     known = METHODS[name].__dataclass_fields__
     short = {"budget": budget, "dense_layers": 0, "n_recent": 8, "slack": 6} | CHUNKS.get(name, {})
+    if "calibration" in known:  # the tiny models have one shape
+        short |= {"calibration": codebooks(MODELS["G2"]), "topk": budget, "far": 64, "window": 8}
     return {k: v for k, v in short.items() if k in known}
 
 

@@ -23,7 +23,7 @@ from kvjax import cache, clustering
 from kvjax.cache import KV, Layer
 from kvjax.clustering import Matching
 from kvjax.method import Budget, CacheMethod
-from kvjax.shapes import Positions, Queries, Slots
+from kvjax.shapes import Positions, Queries, Slots, Tokens
 
 __all__ = ["Chelsea"]
 
@@ -116,7 +116,7 @@ class Chelsea(CacheMethod):
             return kv
         return kv.replace(aux=jnp.ones_like(kv.mass)) if idx is None else super().moved(kv, idx)
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Without log_n, counts one token for each new slot."""
         if self.log_n:
             return kv

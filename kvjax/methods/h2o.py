@@ -21,7 +21,7 @@ from kvjax import eviction
 from kvjax.attend import weights
 from kvjax.cache import KV
 from kvjax.method import Budget, CacheMethod
-from kvjax.shapes import Positions, Queries, Slots
+from kvjax.shapes import Positions, Queries, Slots, Tokens
 
 __all__ = ["H2O"]
 
@@ -47,7 +47,7 @@ class H2O(CacheMethod):
         """Starts with no attention, then carries it along."""
         return kv.replace(aux=jnp.zeros_like(kv.mass)) if idx is None else super().moved(kv, idx)
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Adds the attention of the new queries, and starts new slots from nothing."""
         batch = jnp.arange(idx.shape[0])[:, None, None]
         fresh = kv.aux.at[batch, idx].set(0.0, mode="drop")

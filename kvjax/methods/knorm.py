@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from kvjax import cache, eviction, storage
 from kvjax.cache import KV
 from kvjax.method import Budget, CacheMethod
-from kvjax.shapes import Positions, Queries, Slots
+from kvjax.shapes import Positions, Queries, Slots, Tokens
 
 __all__ = ["Knorm"]
 
@@ -35,7 +35,7 @@ class Knorm(CacheMethod):
         """Starts with no norms, then carries them along."""
         return kv.replace(aux=jnp.zeros_like(kv.mass)) if idx is None else super().moved(kv, idx)
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Takes the norms of a prompt's keys; a decode step's token ranks above them."""
         batch = jnp.arange(idx.shape[0])[:, None, None]
         if idx.shape[2] == 1:

@@ -21,7 +21,7 @@ from kvjax.attend import Selection
 from kvjax.cache import KV
 from kvjax.method import Budget, CacheMethod
 from kvjax.rope import rotate
-from kvjax.shapes import Positions, Queries, Slots
+from kvjax.shapes import Positions, Queries, Slots, Tokens
 from pallas_kernels import block_bounds, bound_scores, select_topk
 
 __all__ = ["Quest"]
@@ -57,7 +57,7 @@ class Quest(CacheMethod):
         keys = storage.read(kv.k)
         return kv.replace(aux=block_bounds(keys, kv.mass, slots=kv.slots, block=self.page))
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Makes the bounds of the written pages anew: of one page per head in a decode step."""
         if self.budget is None:
             return kv

@@ -10,7 +10,7 @@ from typing import ClassVar
 from kvjax import eviction
 from kvjax.cache import KV, Layer
 from kvjax.method import CacheMethod
-from kvjax.shapes import Positions, Queries, Slots
+from kvjax.shapes import Positions, Queries, Slots, Tokens
 
 __all__ = ["SlidingWindow"]
 
@@ -25,7 +25,7 @@ class SlidingWindow(CacheMethod):
         """Returns the layer's window for every KV head."""
         return (layer.window,) * layer.n_kv_heads
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Turns the ring."""
         return eviction.wrap(kv, 0) if kv.slots == self.slots(kv.layer, max(kv.slots)) else kv
 

@@ -24,7 +24,7 @@ from kvjax import cache, eviction
 from kvjax.attend import weights
 from kvjax.cache import KV, Layer
 from kvjax.method import Budget, CacheMethod
-from kvjax.shapes import Packed, Positions, Queries, Slots
+from kvjax.shapes import Packed, Positions, Queries, Slots, Tokens
 
 __all__ = ["SnapKV"]
 
@@ -69,7 +69,7 @@ class SnapKV(CacheMethod):
         """Starts with no votes, then carries them along."""
         return kv.replace(aux=jnp.zeros_like(kv.mass)) if idx is None else super().moved(kv, idx)
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Ranks new tokens above every voted one, the oldest lowest."""
         batch = jnp.arange(idx.shape[0])[:, None, None]
         rank = jnp.broadcast_to((1.0 + pos)[:, None, :], idx.shape)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from kvjax import eviction
 from kvjax.cache import KV, Layer
 from kvjax.method import Budget, CacheMethod
-from kvjax.shapes import Positions, Queries, Slots
+from kvjax.shapes import Positions, Queries, Slots, Tokens
 
 __all__ = ["StreamingLLM"]
 
@@ -53,7 +53,7 @@ class StreamingLLM(CacheMethod):
             )
         return row
 
-    def observe(self, kv: KV, q: Queries, pos: Positions, idx: Slots) -> KV:
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Turns the ring and moves the sinks up to it."""
         if any(s > b for s, b in zip(kv.slots, self.budgets(kv.layer), strict=True)):
             return kv  # a prompt larger than the budget is being read; nothing has slid yet

@@ -111,7 +111,7 @@ def _attend_layer(
 ) -> tuple[KV, Queries]:
     """Does all that touches a layer's state: writes, attends, and lets the method compress."""
     kv, idx = cache.append(kv, k, v, pos)
-    kv = method.observe(kv, q, pos, idx)
+    kv = method.observe(kv, q, k, pos, idx)
     out = attend(kv, q, pos, method.select(kv, q, pos))
     return method.compress(kv, q, pos) if compress and method.due(kv) is None else kv, out
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_cases import codebooks
 
 import kvjax
 from kvjax import loop, measure
@@ -47,12 +48,14 @@ def smollm2_shaped() -> Model:
 
 
 MODEL = smollm2_shaped()
+BOOKS = codebooks(MODEL)
 TABLE = np.where(np.arange(N_LAYERS * 3).reshape(N_LAYERS, 3) % 3 == 0, 2 * QUARTER, QUARTER // 2)
 CASES = {
     name: make(
         name,
         **({"budget": QUARTER} if "budget" in METHODS[name].__dataclass_fields__ else {}),
         **({"chunk": 64, "slack": 64} if name == "chelsea" else {}),  # a head of the table below has 288
+        **({"topk": QUARTER, "calibration": BOOKS, "far": BOOKS.far} if name == "a2ats" else {}),
     )
     for name in METHODS
 }

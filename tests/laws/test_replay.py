@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from method_cases import codebooks
 
 import kvjax
 from kvjax import replay, spec
@@ -13,6 +14,7 @@ MODELS = {"full attention": tiny(), "a window": tiny(windows=(24, None))}
 ROOM, QUESTION = 12, 7
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, 96).tolist(), RNG.integers(0, 256, 61).tolist()]
+BOOKS = codebooks(MODELS["full attention"])  # both have this shape
 NAMES = [*kvjax.METHODS, "kivi4", "snapkv+kivi4", "knorm+quest"]
 every_method = pytest.mark.parametrize("name", NAMES)
 every_model = pytest.mark.parametrize("model_name", MODELS)
@@ -20,7 +22,7 @@ every_model = pytest.mark.parametrize("model_name", MODELS)
 
 def method_of(name: str, budget: int) -> kvjax.CacheMethod:
     short = {"budget": budget, "window": 32 if "kivi" in name else 8, "n_recent": 8, "chunk": 16}
-    return spec.parse(name, **short)
+    return spec.parse(name, topk=budget, calibration=BOOKS, far=BOOKS.far, **short)
 
 
 def recorded(model_name: str):

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_cases import MODELS as METHOD_MODELS
+from method_cases import codebooks
 from rich.console import Console
 
 import kvjax
@@ -151,7 +153,8 @@ def test_every_method_has_rows_and_only_evicting_ones_see_the_question():
     trials = plan.plan((), (1.0, 0.5, 0.25), 1000, kvjax.METHODS)
     assert trials[0] == plan.Trial("full", make("full"), 1.0, 1000, "unseen")
     names = [t.name for t in trials]
-    assert set(names) == {*kvjax.METHODS, "kivi8", "kivi4", "snapkv+kivi4"} - {"kivi"}
+    every = {*kvjax.METHODS, "kivi8", "kivi4", "snapkv+kivi4"} - {"kivi"}
+    assert set(names) == every - {"a2ats"}  # which needs a calibration
     rows = {(t.name, t.ratio, t.question): t for t in trials}
     assert len(rows) == len(trials)
     assert rows["snapkv", 0.25, "seen"].method == make("snapkv", budget=250)
@@ -160,6 +163,15 @@ def test_every_method_has_rows_and_only_evicting_ones_see_the_question():
     assert rows["kivi4", 1.0, "unseen"].method == make("kivi", bits=4)
     assert names.count("full") == names.count("kivi8") == 1
     assert not any(t.ratio == 1 and t.method.evicts for t in trials)
+
+
+def test_a_method_that_needs_a_calibration_has_rows_where_there_is_one():
+    books = codebooks(METHOD_MODELS["G2"])
+    trials = plan.plan((), (0.5, 0.25), 1000, kvjax.METHODS, calibration=books, far=books.far)
+    rows = {t.ratio: t.method for t in trials if t.name == "a2ats"}
+    assert {ratio: m.topk for ratio, m in rows.items()} == {0.5: 0.5, 0.25: 0.25}
+    with pytest.raises(ValueError, match="a2ats needs calibration"):
+        plan.plan(("a2ats",), (0.5,), 1000, kvjax.METHODS)
 
 
 def test_methods_may_be_chosen_with_settings():

@@ -1,0 +1,25 @@
+"""A²ATS on real models: how well it ranks tokens.
+
+usage: python -m experiments.a2ats recall    the true top tokens that each way to rank finds
+
+Stores its rows; the same command prints them again.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from experiments import command
+from experiments.a2ats_recall import Recall, recall
+
+__all__ = ["main"]
+
+_COMMANDS: command.Commands = {"recall": (Recall, recall)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code, see `command.run`."""
+    return command.run(_COMMANDS, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""How well tokens are ranked: the share of the true top tokens, and of the attention, that a ranking finds.
+
+    exact       q·k with true rotations: what the others are compared with
+    far         (q R_b)·k: the window's rotation alone, without codes
+    rotated     codes of rotated keys, ‖k − c‖² least
+    plain       codes of keys before their rotation, ranked by q R_b
+    aware       the same, (k − c) Q2 (k − c)ᵀ least
+    refined     the same codebook after gradient steps on the scores
+    quest       pages of 16 tokens by upper bounds, as many tokens as the union of `aware` reads
+
+A query head ranks the tokens between the first `n_sinks` and the newest `window`; these are read anyway.
+"""
+
+import functools
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from experiments import options, results
+from experiments.a2ats_ranking import Book, ranked
+from kvjax import replay, text
+from kvjax.cache import Layer
+from kvjax.calibrate import kmeans, refine, statistics
+from kvjax.methods import layers
+from kvjax.models.decoder import Record
+from kvjax.rope import rotate
+
+__all__ = ["Recall", "recall"]
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What to rank.
+
+    Args:
+        model: a name (see `kvjax models`), hf:org/name, or a path.
+        dtype: float32 or bfloat16; by default the device's.
+        texts: text files, or pydoc_data.topics, whose documents are asked; none of those learned from.
+        learned: text files, or pydoc_data.topics, that codebooks are made from.
+        docs: documents.
+        context: tokens of a document.
+        queries: tokens of a document's last quarter that ask.
+        ratios: shares of the tokens that each query head reads.
+        centroids: of a codebook.
+        tokens: tokens that codebooks are made from.
+        iterations: of Lloyd, at most.
+        steps: of refinement, 0 = none.
+        window: newest tokens that are not ranked.
+        n_sinks: first tokens that are not ranked.
+        far: the distance at which tokens are ranked, in tokens.
+        seed: chooses documents, seeds and batches.
+        out: the folder of results.
+    """
+
+    model: str = "smollm2-135m"
+    dtype: str | None = None
+    texts: tuple[str, ...] = (text.PROSE,)
+    learned: tuple[str, ...] = ()
+    docs: int = 4
+    context: int = 2048
+    queries: int = 32
+    ratios: tuple[float, ...] = (0.015, 0.03, 0.06, 0.12)
+    centroids: int = 4096
+    tokens: int = 81920
+    iterations: int = 300
+    steps: int = 0
+    window: int = 64
+    n_sinks: int = 8
+    far: int = 2048
+    seed: int = 0
+    out: Path = results.FOLDER
+
+
+def recall(settings: Recall) -> int:
+    """Ranks by each way that is not stored yet, prints the rows and claims them."""
+    if set(settings.texts) & set(settings.learned) or not settings.learned:
+        raise ValueError(
+            f"codebooks are asked about texts that they were not made from, got texts={settings.texts} and "
+            f"learned={settings.learned}"
+        )
+    words = map(shlex.quote, options.as_arguments(settings, skip=("out",)))
+    stored = results.start(
+        "a2ats_recall",
+        settings.seed,
+        None,
+        settings.out,
+        " ".join(["python -m experiments.a2ats recall", *words]),
+    )
+    names = [name for name in _NAMES if name != "refined" or settings.steps]
+    rows = [
+        {"name": n, "model": settings.model, "ratio": r, "spec": n} for r in settings.ratios for n in names
+    ]
+    if any(stored.find(row) is None for row in rows):
+        model = kvjax.load(settings.model, settings.dtype)
+        figures = _figures(model, settings)
+        for row in rows:
+            stored = stored.add(row, figures[row["name"], row["ratio"]])
+    claims = {}
+    for row in map(stored.find, rows):
+        print(*(f"{k} {row[k]:.4f}" if isinstance(row[k], float) else row[k] for k in _SHOWN), sep=" | ")
+        claims |= {
+            f"{settings.model.split('-')[0]}.{row['name']}.{k}@{row['ratio']:g}": row[k] for k in _SHOWN[2:]
+        }
+    print(stored.claim(claims).path)
+    return 0
+
+
+_NAMES = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
+_SHOWN = ("name", "ratio", "recall", "mass", "mass_union", "read")
+
+
+def _figures(model: kvjax.Model, settings: Recall) -> dict[tuple[str, float], dict[str, Any]]:
+    """Returns the figures of every way at every ratio, means over documents, layers, heads and queries."""
+    found: dict[tuple[str, float], list[dict[str, float]]] = {}
+    learned, asked = _statistics(model, settings), _records(model, settings)
+    for j, layer in enumerate(layers(model.config)):
+        if layer.window is not None:
+            continue
+        books = _codebooks(learned, j, layer, settings)
+        for record in asked:
+            one = jax.tree.map(lambda x: x[0], record[j])
+            for key, values in ranked(one, books, layer, settings):
+                found.setdefault(key, []).append({"layer": j, **values})
+        print(f"layer {j}", flush=True)
+    return {key: _mean(rows) for key, rows in found.items()}
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Returns the mean of each figure, and of recall and mass for each layer."""
+    means = {k: float(np.mean([row[k] for row in rows])) for k in _SHOWN[2:]}
+    by_layer = {j: [row for row in rows if row["layer"] == j] for j in sorted({row["layer"] for row in rows})}
+    return means | {
+        f"{k}_layers": [float(np.mean([row[k] for row in own])) for own in by_layer.values()]
+        for k in ("recall", "mass")
+    }
+
+
+def _statistics(model: kvjax.Model, settings: Recall) -> statistics.Statistics:
+    n = settings.tokens // settings.context
+    documents = text.documents(model.tokenizer, settings.learned, n, settings.context, settings.seed)
+    return statistics.collect(
+        model, documents, n_keys=settings.tokens, n_queries=4096, far=settings.far, window=settings.window,
+        seed=settings.seed,
+    )  # fmt: skip
+
+
+def _records(model: kvjax.Model, settings: Recall) -> list[tuple[Record, ...]]:
+    documents = text.documents(
+        model.tokenizer, settings.texts, settings.docs, settings.context, settings.seed
+    )
+    chunk = min(512, settings.context)
+    return [
+        tuple(
+            jax.tree.map(lambda x: x[:, -settings.context :], r)
+            for r in replay.record(model, [ids.tolist()], room=0, chunk=chunk)[2]
+        )
+        for ids in documents
+    ]
+
+
+def _codebooks(found: statistics.Statistics, j: int, layer: Layer, settings: Recall) -> dict[str, Book]:
+    """Returns the codebooks of one layer."""
+    keys = jnp.asarray(found.keys[j], jnp.float32)
+    key, fit = (
+        jax.random.key(settings.seed),
+        functools.partial(kmeans.fit, n_centroids=settings.centroids, n_iterations=settings.iterations),
+    )
+    same = jnp.broadcast_to(jnp.eye(keys.shape[-1]), (len(keys), *keys.shape[-1:] * 2))
+    turned = rotate(keys, jnp.broadcast_to(jnp.asarray(found.pos), keys.shape[:2]), layer.rope)
+    metric = jnp.asarray(statistics.metric(found.q2[j]))
+    own = jnp.einsum("knd,kde->kne", keys, metric, precision=jax.lax.Precision.HIGHEST)
+    books = {
+        "rotated": Book(fit(turned, key).centroids, same, rotated=True),
+        "plain": Book(fit(keys, key).centroids, same),
+        "aware": Book(fit(own, key).centroids, metric),
+    }
+    if settings.steps:
+        back = jnp.swapaxes(jnp.linalg.inv(metric), -1, -2)
+        far = jnp.einsum("rkgd,kde->kgre", jnp.asarray(found.queries[j]), back)
+        start = fit(refine.split(own, 1)[0], key).centroids
+        better = refine.refine(start, own, far, key, layer=layer, n_steps=settings.steps)
+        books["refined"] = Book(better.centroids, metric)
+    return books

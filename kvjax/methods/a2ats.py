@@ -1,0 +1,194 @@
+"""A²ATS: keeps everything and reads, at each step, the tokens that seem to matter to the query.
+
+A key is known by the code of its nearest codeword, which is of the key before its rotation; so a token's
+score needs one look-up in a table of the query's products with all codewords. Queries are rotated by a
+fixed distance b, as if all tokens were that far: positions matter to the ranking of near tokens only, and
+those are read anyway.
+
+    u_h[t] = (q_h R_b)·c[code_t]           c in the frame k A, and q in that of A⁻ᵀ, which keeps products
+    read   the `topk` tokens of largest u of every query head, the newest `window`, the first `n_sinks`
+    attend exactly, over the union of a KV head's query heads
+
+State: an int16 code per slot, 1/(2·D) of the bytes of K and V, and the layer's codebooks. Holds the
+whole cache: on the device it saves reads, not memory.
+
+Source: arXiv 2502.12665, and its released code: w 64, b 2,048, 8 sinks. Deviations: layers whose attention
+is flat are read in full. Codebooks: `kvjax.calibrate`.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from kvjax import cache, storage
+from kvjax.attend import Selection
+from kvjax.cache import KV, Layer
+from kvjax.calibrate.codebooks import Codebooks
+from kvjax.method import CacheMethod
+from kvjax.rope import rotate, unrotate
+from kvjax.shapes import Leaf, Positions, Queries, Slots, Tokens
+from pallas_kernels import union_topk, vq_assign, vq_scores
+
+__all__ = ["A2ATS", "Index"]
+
+
+@struct.dataclass
+class Index:
+    """Codes of the slots, and the codebooks of a layer, with an axis of one row before the heads."""
+
+    codes: Leaf  # [B R] int16, -1 = none
+    centroids: Leaf  # [1 K C D] in the frame k A
+    to_codes: Leaf  # [1 K D D] A, of keys
+    to_scores: Leaf  # [1 K D D] A⁻ᵀ, of queries
+
+
+@dataclass(frozen=True)
+class A2ATS(CacheMethod):
+    """Reads `topk` tokens per query head and step. aux: `Index`, none in layers that are read in full.
+
+    Args:
+        topk: tokens, or a share of those seen; None reads all, which is what flat layers do.
+        calibration: the model's codebooks; those of one layer in `for_layer`.
+        window: newest tokens that are always read.
+        n_sinks: first tokens that are always read.
+        far: the distance b, in tokens, at which tokens are ranked.
+    """
+
+    topk: int | float | None
+    calibration: Codebooks = field(compare=False)  # what a state needs of it is in its index
+    window: int = 64
+    n_sinks: int = 8
+    far: int = 2048
+    evicts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for settings out of range, or codebooks for another distance."""
+        super().__post_init__()
+        share = isinstance(self.topk, float)
+        if self.topk is not None and not (0 < self.topk <= 1 if share else self.topk >= 1):
+            raise ValueError(f"topk is tokens, 1 or more, or a share, above 0 to 1.0, got {self.topk=}")
+        if self.window < 1 or self.n_sinks < 0:
+            raise ValueError(
+                f"window is at least 1 and n_sinks at least 0, got {self.window=}, {self.n_sinks=}"
+            )
+        if self.calibration.far != self.far:
+            raise ValueError(
+                f"codebooks are made for one distance, got far={self.calibration.far} for {self.far=}: "
+                "calibrate anew"
+            )
+
+    def for_layer(self, index: int, n_layers: int) -> "A2ATS":
+        """Returns the method of one layer; flat ones read everything.
+
+        Raises:
+            ValueError: for codebooks of another number of layers.
+        """
+        flat = self.calibration.flat
+        if len(flat) != n_layers:
+            raise ValueError(f"each layer has codebooks, got those of {len(flat)} for {n_layers=}")
+        own = replace(self, calibration=self.calibration.layer(index))
+        return replace(own, topk=None) if flat[index] else own
+
+    def init(self, layer: Layer, batch: int, slots, dtype) -> KV:
+        """Returns an empty state with the layer's codebooks.
+
+        Raises:
+            ValueError: for codebooks of another shape.
+        """
+        kv = cache.allocate(layer, batch, slots, dtype, rotated=self.rotated)
+        if self.topk is None:
+            return kv
+        (centroids,), (metric,) = self.calibration.centroids, self.calibration.metric
+        wanted = (layer.n_kv_heads, layer.head_dim)
+        if (centroids.shape[0], centroids.shape[2]) != wanted:
+            raise ValueError(
+                f"codebooks are [K C D] with the model's K and D, {wanted}, got {centroids.shape}: "
+                "calibrate this model"
+            )
+        back = jnp.swapaxes(jnp.linalg.inv(metric.astype(jnp.float32)), -1, -2)
+        books = (jnp.asarray(x, jnp.float32)[None] for x in (centroids, metric, back))
+        return kv.replace(aux=Index(jnp.full(kv.pos.shape, -1, jnp.int16), *books))
+
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
+        """Finds the codes of the new tokens."""
+        if self.topk is None:
+            return kv
+        code = _codes(kv.aux, jnp.swapaxes(k, 1, 2))
+        batch = jnp.arange(idx.shape[0])[:, None, None]
+        return kv.replace(aux=kv.aux.replace(codes=kv.aux.codes.at[batch, idx].set(code, mode="drop")))
+
+    def moved(self, kv: KV, idx) -> KV:
+        """Carries the codes along, or finds all of them anew."""
+        if self.topk is None:
+            return kv
+        if idx is not None:
+            return kv.replace(aux=kv.aux.replace(codes=cache.take(kv.aux.codes, idx, -1)))
+        keys = unrotate(storage.read(kv.k), kv.pos, kv.layer.rope)
+        found = [_codes(_of(kv.aux, run), cache.view(keys, run)) for run in cache.runs(kv.slots)]
+        codes = jnp.concatenate([x.reshape(x.shape[0], -1) for x in found], axis=1)
+        return kv.replace(aux=kv.aux.replace(codes=jnp.where(kv.mass > 0, codes, -1)))
+
+    def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
+        """Returns the tokens that this query reads; prompts (T > 1) read all."""
+        if self.topk is None or q.shape[1] > 1:
+            return None
+        far = rotate(q, jnp.full(q.shape[:4], self.far), kv.layer.rope)[:, 0].astype(jnp.float32)
+        far = jnp.einsum("bkgd,xkde->bkge", far, kv.aux.to_scores, precision=jax.lax.Precision.HIGHEST)
+        chosen = [self._chosen(kv, far, run) for run in cache.runs(kv.slots)]
+        most = max(x.shape[-1] for x in chosen)
+        room = [((0, 0), (0, 0), (0, most - x.shape[-1])) for x in chosen]
+        padded = [jnp.pad(x, r, constant_values=-1) for x, r in zip(chosen, room, strict=True)]
+        return Selection(idx=jnp.concatenate(padded, axis=1), block=1)
+
+    def _chosen(self, kv: KV, far: Float[Array, "B K G D"], run: cache.Run) -> Int[Array, "B n N"]:
+        """Returns the slots that the heads of a run read, at most G·topk and what is always read.
+
+        A row that seeks fewer than the most fills its choice with slots beyond the last one.
+        """
+        mass, when = cache.view(kv.mass, run), cache.view(kv.pos, run)
+        most = min(self._count(run.size), run.size)
+        always = (when < self.n_sinks) | (when >= kv.seen[:, None, None] - self.window)
+        always = always & (mass > 0)
+        score = vq_scores(
+            far[:, run.head : run.head + run.n],
+            _of(kv.aux, run).centroids[0],
+            jnp.where(mass > 0, cache.view(kv.aux.codes, run), -1).astype(jnp.int16),
+        )
+        score = jnp.where(always[:, :, None], jnp.inf, score)
+        n_always = min(self.n_sinks + self.window, run.size)
+        k = min(most + n_always, run.size)
+        wanted = jnp.minimum(self._count(kv.seen), most)[:, None] + always.sum(-1)  # [B n]
+        filler = jnp.arange(k) < jnp.maximum(k - wanted, 0)[..., None]
+        filler = jnp.broadcast_to(jnp.where(filler, jnp.inf, -jnp.inf)[:, :, None], (*score.shape[:3], k))
+        group = score.shape[2]
+        limit = min(group * most + n_always, run.size)
+        idx = union_topk(jnp.concatenate([score, filler], axis=-1), k, limit=min(limit + k, run.size + k))
+        return jnp.where(idx < run.size, idx, -1)[..., :limit]
+
+    def _count(self, seen):
+        """Returns how many tokens each query head chooses of `seen`, at least one."""
+        if isinstance(self.topk, int):
+            return self.topk if isinstance(seen, int) else jnp.full_like(seen, self.topk)
+        share = self.topk * seen
+        return max(1, int(share)) if isinstance(seen, int) else jnp.maximum(1, share.astype(jnp.int32))
+
+
+def _of(index: Index, run: cache.Run) -> Index:
+    """Returns the codebooks of the heads of a run."""
+    heads = slice(run.head, run.head + run.n)
+    return index.replace(
+        centroids=index.centroids[:, heads], to_codes=index.to_codes[:, heads],
+        to_scores=index.to_scores[:, heads],
+    )  # fmt: skip
+
+
+def _codes(index: Index, k: Float[Array, "B K T D"]) -> Array:
+    """Returns the code of every key, which is not rotated."""
+    own = jnp.einsum(
+        "bktd,xkde->bkte", k.astype(jnp.float32), index.to_codes, precision=jax.lax.Precision.HIGHEST
+    )
+    return vq_assign(own, index.centroids[0])
