@@ -54,7 +54,7 @@ class Chelsea(CacheMethod):
     before_rope: bool = True
     log_n: bool = True
     n_sinks: int = 4
-    n_recent: int = 124
+    n_recent: int = 60
     slack: int | None = None
     rounds: int | None = None
     evicts: ClassVar[bool] = True
