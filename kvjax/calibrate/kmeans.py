@@ -50,7 +50,7 @@ def fit(
     """
 
     def more(carry):
-        i, _, losses, busy = carry
+        i, *_, busy = carry
         return (i < n_iterations) & busy
 
     def step(carry):
@@ -71,13 +71,16 @@ def fit(
 def seeds(x: Float[Array, "K N D"], key: Array, *, n_centroids: int) -> Float[Array, "K C D"]:
     """Returns vectors of x as first centroids; distinct ones where there are as many."""
     n_heads, n_vectors, size = x.shape
+    after = functools.partial(jnp.searchsorted, side="right")
     draws = jax.random.uniform(key, (n_centroids, n_heads))
 
     def add(i, carry):
         centroids, gap = carry  # [K C D], [K N]: squared distances to the nearest centroid so far
         mass = jnp.cumsum(gap, axis=1)
         want = draws[i] * mass[:, -1]
-        at = jnp.clip(jax.vmap(lambda m, w: jnp.searchsorted(m, w, side="right"))(mass, want), 0, n_vectors - 1)
+        at = jnp.clip(
+            jax.vmap(lambda m, w: jnp.searchsorted(m, w, side="right"))(mass, want), 0, n_vectors - 1
+        )
         new = jnp.take_along_axis(x, at[:, None, None], axis=1)  # [K 1 D]
         gap = jnp.minimum(gap, jnp.sum((x - new) ** 2, axis=-1))
         return jax.lax.dynamic_update_slice_in_dim(centroids, new, i, axis=1), gap
