@@ -70,6 +70,7 @@ def uuids(tokenizer: Tokenizer, n: int, length: int, seed: int) -> Int[np.ndarra
         >>> import kvjax
         >>> model = kvjax.load("smollm2-135m")
         >>> model.tokenizer.decode(uuids(model.tokenizer, 1, 27, seed=0)[0].tolist())
+        '2516ac85-e2eb-45e3-8cdb-31fe689'
     """
     rng, ids = np.random.default_rng([seed, 1]), []
     while len(ids) < n * length:

@@ -61,27 +61,19 @@ def load(folder: Path | str, model: Model) -> Codebooks:
         raise FileNotFoundError(f"codebooks are a folder of `kvjax calibrate a2ats`, got {str(folder)!r}")
     arrays, about = checkpoint.read(path)
     try:
-        codebooks = Codebooks(
-            arrays["centroids"],
-            arrays["metric"],
-            tuple(map(bool, about["flat"])),
-            str(about["model"]),
-            int(about["far"]),
-            int(about["window"]),
-        )
-        n_layers, n_heads, n_centroids, size = codebooks.centroids.shape
+        found = {name: arrays[name].shape for name in ("centroids", "metric")}
+        n_layers, n_heads, n_centroids, size = found["centroids"]
+        flat = tuple(map(bool, about["flat"]))
+        of, far, window = str(about["model"]), int(about["far"]), int(about["window"])
+        if found["metric"] != (n_layers, n_heads, size, size) or len(flat) != n_layers:
+            raise ValueError(f"shapes disagree: {found}, {len(flat)} layers")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(path)!r} holds no codebooks ({error!r}): calibrate anew") from error
     c = model.config
     wanted = (c.n_layers, c.n_kv_heads, n_centroids, c.head_dim)
-    shapes = (codebooks.centroids.shape, codebooks.metric.shape, len(codebooks.flat))
-    if codebooks.model != budgets.fingerprint(model) or shapes != (
-        wanted,
-        (n_layers, n_heads, size, size),
-        n_layers,
-    ):
+    if of != budgets.fingerprint(model) or found["centroids"] != wanted:
         raise ValueError(
             f"codebooks belong to one model, got those of another in {str(path)!r}, which are "
-            f"{codebooks.centroids.shape} for {wanted}: calibrate {model.name}"
+            f"{found['centroids']} for {wanted}: calibrate {model.name}"
         )
-    return codebooks
+    return Codebooks(arrays["centroids"], arrays["metric"], flat, of, far, window)

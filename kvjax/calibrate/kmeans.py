@@ -76,18 +76,14 @@ def seeds(x: Float[Array, "K N D"], key: Array, *, n_centroids: int) -> Float[Ar
 
     def add(i, carry):
         centroids, gap = carry  # [K C D], [K N]: squared distances to the nearest centroid so far
-        mass = jnp.cumsum(gap, axis=1)
-        want = draws[i] * mass[:, -1]
-        at = jnp.clip(
-            jax.vmap(lambda m, w: jnp.searchsorted(m, w, side="right"))(mass, want), 0, n_vectors - 1
-        )
+        mass = jnp.cumsum(jnp.where(jnp.isinf(gap), 1.0, gap), axis=1)  # the first is any
+        at = jnp.minimum(jax.vmap(after)(mass, draws[i] * mass[:, -1]), n_vectors - 1)
         new = jnp.take_along_axis(x, at[:, None, None], axis=1)  # [K 1 D]
         gap = jnp.minimum(gap, jnp.sum((x - new) ** 2, axis=-1))
         return jax.lax.dynamic_update_slice_in_dim(centroids, new, i, axis=1), gap
 
-    start = (jnp.zeros((n_heads, n_centroids, size), x.dtype), jnp.ones((n_heads, n_vectors), x.dtype))
-    centroids, gap = add(0, start)
-    return jax.lax.fori_loop(1, n_centroids, add, (centroids, gap))[0]
+    start = (jnp.zeros((n_heads, n_centroids, size), x.dtype), jnp.full((n_heads, n_vectors), jnp.inf))
+    return jax.lax.fori_loop(0, n_centroids, add, start)[0]
 
 
 def loss(x: Float[Array, "K N D"], centroids: Float[Array, "K C D"]) -> Float[Array, " K"]:
