@@ -12,7 +12,8 @@ import tyro
 from rich.console import Console
 
 import kvjax
-from kvjax import budgets, calibrate, spec, text
+from kvjax import budgets, spec, text
+from kvjax.calibrate import a2ats
 from kvjax.method import CacheMethod
 from kvjax.model import Model
 from kvjax.models.hub import MODELS
@@ -197,8 +198,8 @@ class A2ATS:
                 text.uuids(model.tokenizer, n_uuid, length, self.seed),
             ]
         )
-        settings = calibrate.Settings(self.centroids, refine=self.refine, seed=self.seed)
-        flat = calibrate.calibrate(model, documents, self.out, settings).flat
+        settings = a2ats.Settings(self.centroids, refine=self.refine, seed=self.seed)
+        flat = a2ats.calibrate(model, documents, self.out, settings).flat
         dense = ", ".join(str(i) for i, is_flat in enumerate(flat) if is_flat)
         print(f"{self.out}: {self.centroids} centroids a head; layers attended densely: {dense or 'none'}")
 

@@ -1,7 +1,8 @@
 """Writes and reads named arrays with a description, as one Orbax checkpoint.
 
 A checkpoint appears whole or not at all: Orbax writes it beside its place and renames it. Arrays are read
-as NumPy's, in the type they were written in, and compared with a digest of them.
+as NumPy's, in the type they were written in, and compared with a digest of them. Orbax takes half a second to
+import, so it is where it is called.
 """
 
 import hashlib
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 
 __all__ = ["digest", "read", "write"]
 
@@ -22,6 +22,8 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
         arrays: none of them empty.
         about: what JSON can say; it comes back as JSON says it, with lists for tuples.
     """
+    import orbax.checkpoint as ocp
+
     about = {"about": dict(about), "digest": digest(*(arrays[name] for name in sorted(arrays)))}
     items = ocp.args.Composite(arrays=ocp.args.StandardSave(dict(arrays)), about=ocp.args.JsonSave(about))
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
@@ -34,6 +36,8 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         ValueError: for a folder that is no whole checkpoint, or was damaged.
     """
+    import orbax.checkpoint as ocp
+
     items = ocp.args.Composite(arrays=ocp.args.StandardRestore(), about=ocp.args.JsonRestore())
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:

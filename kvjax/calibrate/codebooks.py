@@ -8,13 +8,12 @@ Keys and queries are un-rotated, and q̃ is the query rotated to the one distanc
 Source: A²ATS (arXiv 2502.12665), query-aware vector quantisation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
-from kvjax import budgets
 from kvjax.calibrate import checkpoint
 from kvjax.model import Model
 
@@ -34,17 +33,22 @@ class Codebooks:
         window: tokens, w; keys that are nearer are far from none, and not ranked.
     """
 
-    centroids: Float[np.ndarray, "L K C D"]
-    metric: Float[np.ndarray, "L K D D"]
+    centroids: Float[np.ndarray, "L K C D"] | Float[Array, "L K C D"]
+    metric: Float[np.ndarray, "L K D D"] | Float[Array, "L K D D"]
     flat: tuple[bool, ...]
     model: str
     far: int
     window: int
 
+    def layer(self, index: int) -> "Codebooks":
+        """Returns those of one layer, L = 1."""
+        part = slice(index, index + 1)
+        return replace(self, centroids=self.centroids[part], metric=self.metric[part], flat=self.flat[part])
+
 
 def save(codebooks: Codebooks, folder: Path | str) -> None:
     """Writes an Orbax checkpoint to `folder`/codebooks."""
-    arrays = {"centroids": codebooks.centroids, "metric": codebooks.metric}
+    arrays = {name: np.asarray(getattr(codebooks, name)) for name in ("centroids", "metric")}
     about = {name: getattr(codebooks, name) for name in ("flat", "model", "far", "window")}
     checkpoint.write(Path(folder) / "codebooks", arrays, about)
 
@@ -56,6 +60,8 @@ def load(folder: Path | str, model: Model) -> Codebooks:
         ValueError: for a checkpoint that is not whole, or that of another model.
         FileNotFoundError: where there is no folder.
     """
+    from kvjax.budgets import fingerprint  # which imports the methods, and A²ATS imports this file
+
     path = Path(folder) / "codebooks"
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"codebooks are a folder of `kvjax calibrate a2ats`, got {str(folder)!r}")
@@ -71,7 +77,7 @@ def load(folder: Path | str, model: Model) -> Codebooks:
         raise ValueError(f"{str(path)!r} holds no codebooks ({error!r}): calibrate anew") from error
     c = model.config
     wanted = (c.n_layers, c.n_kv_heads, n_centroids, c.head_dim)
-    if of != budgets.fingerprint(model) or found["centroids"] != wanted:
+    if of != fingerprint(model) or found["centroids"] != wanted:
         raise ValueError(
             f"codebooks belong to one model, got those of another in {str(path)!r}, which are "
             f"{found['centroids']} for {wanted}: calibrate {model.name}"

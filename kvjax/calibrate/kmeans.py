@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.vq_assign import vq_assign
 
-__all__ = ["KMeans", "fit", "loss", "seeds"]
+__all__ = ["KMeans", "fit", "seeds"]
 
 _SAME = 1e-6  # of a vector's squared length: distances below are rounding
 
@@ -84,11 +84,6 @@ def seeds(x: Float[Array, "K N D"], key: Array, *, n_centroids: int) -> Float[Ar
 
     start = (jnp.zeros((n_heads, n_centroids, size), x.dtype), jnp.full((n_heads, n_vectors), jnp.inf))
     return jax.lax.fori_loop(0, n_centroids, add, start)[0]
-
-
-def loss(x: Float[Array, "K N D"], centroids: Float[Array, "K C D"]) -> Float[Array, " K"]:
-    """Returns the mean squared distance to the nearest centroid."""
-    return _assign(x, centroids)[1]
 
 
 def _assign(x: Array, centroids: Array) -> tuple[Int[Array, "K N"], Float[Array, " K"]]:

@@ -11,8 +11,10 @@ import pytest
 from method_cases import tiny
 
 import kvjax
-from kvjax import budgets, calibrate, cli, replay, text
-from kvjax.calibrate import Codebooks, Settings, a2ats, checkpoint, kmeans, refine, statistics
+from kvjax import budgets, cli, replay, text
+from kvjax.calibrate import a2ats, checkpoint, codebooks, kmeans, refine, statistics
+from kvjax.calibrate.a2ats import Settings, calibrate
+from kvjax.calibrate.codebooks import Codebooks
 from kvjax.methods import layers
 from kvjax.rope import rotate
 from pallas_kernels.vq_assign import vq_assign
@@ -48,7 +50,7 @@ def records():
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    return calibrate.calibrate(MODEL, DOCUMENTS, folder, SETTINGS), folder
+    return calibrate(MODEL, DOCUMENTS, folder, SETTINGS), folder
 
 
 def test_q2_is_that_of_far_queries_in_float64(seen, records):
@@ -121,7 +123,7 @@ def test_query_aware_codebooks_score_better_than_plain_ones(tmp_path):
     errors = {}
     for aware in (True, False):
         settings = dataclasses.replace(SETTINGS, query_aware=aware, refine=0)
-        books = calibrate.calibrate(MODEL, DOCUMENTS, tmp_path / str(aware), settings)
+        books = calibrate(MODEL, DOCUMENTS, tmp_path / str(aware), settings)
         found, total = collect(n_keys=192), 0.0
         for i in range(2):
             x = found.keys[i] @ books.metric[i]
@@ -222,9 +224,11 @@ def test_codebooks_survive_a_checkpoint(made):
     books, folder = made
     assert books.centroids.shape == (2, 2, 16, 16)
     assert np.isfinite(books.centroids).all()
-    read = calibrate.load(folder, MODEL)
+    read = codebooks.load(folder, MODEL)
     for field in dataclasses.fields(Codebooks):
         np.testing.assert_array_equal(getattr(read, field.name), getattr(books, field.name))
+    assert read.layer(1).flat == books.flat[1:]
+    np.testing.assert_array_equal(read.layer(1).centroids, books.centroids[1:])
     assert (read.far, read.window, read.model) == (50, 8, budgets.fingerprint(MODEL))
     curve = json.loads((folder / "held_out.json").read_text())
     assert np.shape([curve["0"], curve["1"]]) == (2, 2, 2)  # layers, looks, heads
@@ -237,7 +241,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("at", ["collect", "layer 0", "layer 1", "save"])
 def test_an_interrupted_run_goes_on_to_the_same_end(made, tmp_path, monkeypatch, at):
-    where = {"collect": statistics, "save": a2ats.codebooks}.get(at, a2ats)
+    where = {"collect": statistics, "save": codebooks}.get(at, a2ats)
     name = {"collect": "collect", "save": "save"}.get(at, "_layer")
     true = getattr(where, name)
 
@@ -252,15 +256,30 @@ def test_an_interrupted_run_goes_on_to_the_same_end(made, tmp_path, monkeypatch,
     with monkeypatch.context() as patch:
         patch.setattr(where, name, kill)
         with pytest.raises(Killed):
-            calibrate.calibrate(MODEL, DOCUMENTS, tmp_path, SETTINGS)
+            calibrate(MODEL, DOCUMENTS, tmp_path, SETTINGS)
         with pytest.raises(ValueError, match=r"a calibration is a whole checkpoint, .* calibrate anew"):
-            calibrate.load(tmp_path, MODEL)
+            codebooks.load(tmp_path, MODEL)
     if at != "collect":  # what is stored is not read from the text again
         monkeypatch.setattr(statistics, "collect", kill if name == "collect" else None)
-    books = calibrate.calibrate(MODEL, DOCUMENTS, tmp_path, SETTINGS)
+    books = calibrate(MODEL, DOCUMENTS, tmp_path, SETTINGS)
     np.testing.assert_array_equal(books.centroids, made[0].centroids)
     np.testing.assert_array_equal(books.metric, made[0].metric)
     assert books.flat == made[0].flat
+
+
+def test_keys_of_a_bfloat16_model_are_kept_and_stored_as_they_are(tmp_path, monkeypatch):
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MODEL.params)
+    model = dataclasses.replace(MODEL, params=half, dtype=jnp.dtype("bfloat16"))
+    books = calibrate(model, DOCUMENTS, tmp_path / "whole", SETTINGS)
+    assert books.centroids.dtype == np.float32
+    with monkeypatch.context() as patch:
+        patch.setattr(kmeans, "fit", None)
+        with pytest.raises(TypeError):
+            calibrate(model, DOCUMENTS, tmp_path / "cut", SETTINGS)
+    assert checkpoint.read(tmp_path / "cut" / "statistics")[0]["keys"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        calibrate(model, DOCUMENTS, tmp_path / "cut", SETTINGS).centroids, books.centroids
+    )
 
 
 @pytest.mark.parametrize(
@@ -274,18 +293,18 @@ def test_an_interrupted_run_goes_on_to_the_same_end(made, tmp_path, monkeypatch,
 def test_a_folder_of_another_calibration_is_refused(made, changes, named):
     call = {"model": MODEL, "documents": DOCUMENTS, "settings": SETTINGS, "folder": made[1]} | changes
     with pytest.raises(ValueError, match=f"a folder holds one calibration, got another {named} in .*delete"):
-        calibrate.calibrate(**call)
+        calibrate(**call)
 
 
 def test_codebooks_of_another_model_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match=r"codebooks belong to one model, got those of another .* calibrate"):
-        calibrate.load(made[1], tiny(4))
+        codebooks.load(made[1], tiny(4))
     fewer = {name: getattr(made[0], name)[:, :1] for name in ("centroids", "metric")}
-    calibrate.save(dataclasses.replace(made[0], **fewer), tmp_path)
+    codebooks.save(dataclasses.replace(made[0], **fewer), tmp_path)
     with pytest.raises(ValueError, match=r"which are \(2, 1, 16, 16\) for \(2, 2, 16, 16\)"):
-        calibrate.load(tmp_path, MODEL)
+        codebooks.load(tmp_path, MODEL)
     with pytest.raises(FileNotFoundError, match="codebooks are a folder of `kvjax calibrate a2ats`"):
-        calibrate.load(tmp_path / "none", MODEL)
+        codebooks.load(tmp_path / "none", MODEL)
 
 
 def test_any_damage_of_a_checkpoint_is_told(made, tmp_path):
@@ -301,7 +320,7 @@ def test_any_damage_of_a_checkpoint_is_told(made, tmp_path):
         if damage == "gone":
             (copy / file).unlink()
         try:
-            read = calibrate.load(copy, MODEL)
+            read = codebooks.load(copy, MODEL)
         except ValueError as error:
             assert "calibrate anew" in str(error)  # noqa: PT017
             told += 1
@@ -314,11 +333,11 @@ def test_any_damage_of_a_checkpoint_is_told(made, tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(made, tmp_path):
     checkpoint.write(tmp_path / "codebooks", {"x": np.ones(3)}, {})
     with pytest.raises(ValueError, match=r"holds no codebooks .*: calibrate anew"):
-        calibrate.load(tmp_path, MODEL)
+        codebooks.load(tmp_path, MODEL)
     arrays, about = checkpoint.read(made[1] / "codebooks")
     checkpoint.write(tmp_path / "codebooks", arrays, about | {"flat": [True]})
     with pytest.raises(ValueError, match=r"holds no codebooks .*shapes disagree.*: calibrate anew"):
-        calibrate.load(tmp_path, MODEL)
+        codebooks.load(tmp_path, MODEL)
 
 
 def test_a_damaged_part_is_told(made, tmp_path):
@@ -327,7 +346,7 @@ def test_a_damaged_part_is_told(made, tmp_path):
         if file.is_file():
             file.write_bytes(b"")
     with pytest.raises(ValueError, match=r"layer_001.*: delete it and calibrate anew"):
-        calibrate.calibrate(MODEL, DOCUMENTS, tmp_path / "x", SETTINGS)
+        calibrate(MODEL, DOCUMENTS, tmp_path / "x", SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -342,20 +361,20 @@ def test_a_damaged_part_is_told(made, tmp_path):
 )
 def test_what_cannot_be_calibrated_raises(tmp_path, model, changes, message):
     with pytest.raises(ValueError, match=message):
-        calibrate.calibrate(model, DOCUMENTS, tmp_path, dataclasses.replace(SETTINGS, **changes))
+        calibrate(model, DOCUMENTS, tmp_path, dataclasses.replace(SETTINGS, **changes))
     assert not list(tmp_path.iterdir())
 
 
 def test_layers_with_a_window_or_flat_attention_are_attended_densely(tmp_path):
     plain = dataclasses.replace(SETTINGS, refine=0, query_aware=False)
-    books = calibrate.calibrate(WINDOWED, DOCUMENTS, tmp_path / "a", plain)
+    books = calibrate(WINDOWED, DOCUMENTS, tmp_path / "a", plain)
     assert books.flat[0]
     assert not books.centroids[0].any()
     assert books.centroids[1].any()
     np.testing.assert_array_equal(books.metric, np.tile(np.eye(16, dtype=np.float32), (2, 2, 1, 1)))
     for threshold, expected in ((1.01, True), (0.0, False)):
         settings = dataclasses.replace(plain, flat_below=threshold)
-        books = calibrate.calibrate(WINDOWED, DOCUMENTS, tmp_path / str(expected), settings)
+        books = calibrate(WINDOWED, DOCUMENTS, tmp_path / str(expected), settings)
         assert books.flat == (True, expected)
 
 
@@ -378,7 +397,7 @@ def test_the_command_line_calibrates(monkeypatch, capsys, tmp_path):
     command = ["calibrate", "a2ats", "--out", str(tmp_path), *sizes]
     assert cli.main([*command, "--refine", "1"]) == 0
     assert "8 centroids a head; layers attended densely: " in capsys.readouterr().out
-    assert calibrate.load(tmp_path, model).centroids.shape == (2, 2, 8, 8)
+    assert codebooks.load(tmp_path, model).centroids.shape == (2, 2, 8, 8)
     assert cli.main([*command, "--tokens", "500"]) == 2
     assert "texts are whole documents" in capsys.readouterr().err
     assert cli.main(command) == 2
