@@ -79,8 +79,9 @@ def calibrate(
         folder: where an interrupted run of the same calibration goes on.
 
     Raises:
-        ValueError: for fewer than 10 keys per centroid, codes that int16 does not hold, a folder with another
-            calibration or a damaged one, or a model whose layers all have windows.
+        ValueError: for fewer than 10 keys per centroid, codes that int16 does not hold, documents that the
+            model cannot read, a folder with another calibration or a damaged one, or a model whose layers
+            all have windows.
 
     Cost: the model's over the text; per layer that of `kmeans.fit`; holds `per_centroid`·C keys of every
     KV head.
@@ -109,8 +110,9 @@ def calibrate(
 
 
 def _check(model: Model, documents: np.ndarray, settings: Settings) -> None:
-    n, n_keys = settings.n_centroids, min(settings.per_centroid * settings.n_centroids, documents.size)
-    if all(model.config.layer_windows):
+    n, c = settings.n_centroids, model.config
+    n_keys = min(settings.per_centroid * n, documents.size)
+    if all(c.layer_windows):
         raise ValueError(f"layers with a window have no far keys, got nothing but those in {model.name}")
     if not 1 <= n <= 2**15:
         raise ValueError(f"codes are int16, so there are 1 to 32,768 centroids, got n_centroids={n}")
@@ -118,6 +120,11 @@ def _check(model: Model, documents: np.ndarray, settings: Settings) -> None:
         raise ValueError(
             f"each centroid needs {_LEAST} keys, got {n_keys} of {documents.size} tokens for "
             f"n_centroids={n}: take more text, or fewer centroids"
+        )
+    if documents.shape[1] > c.context_length or documents.min() < 0 or documents.max() >= c.vocab_size:
+        raise ValueError(
+            f"documents fit the context of {c.context_length} and the vocabulary of {c.vocab_size}, got "
+            f"{documents.shape[1]} tokens in {documents.min()}..{documents.max()}: cut them, or encode anew"
         )
 
 

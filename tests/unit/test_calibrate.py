@@ -365,6 +365,12 @@ def test_what_cannot_be_calibrated_raises(tmp_path, model, changes, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("documents", [DOCUMENTS + 90, DOCUMENTS - 9, np.zeros((1, 520), np.int32)])
+def test_documents_that_the_model_cannot_read_raise(tmp_path, documents):
+    with pytest.raises(ValueError, match="documents fit the context of 512 and the vocabulary of 97, got"):
+        calibrate(MODEL, documents, tmp_path, SETTINGS)
+
+
 def test_layers_with_a_window_or_flat_attention_are_attended_densely(tmp_path):
     plain = dataclasses.replace(SETTINGS, refine=0, query_aware=False)
     books = calibrate(WINDOWED, DOCUMENTS, tmp_path / "a", plain)
