@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import tyro
@@ -19,7 +18,7 @@ from kvjax.model import Model
 from kvjax.models.hub import MODELS
 from kvjax.sampling import Sampling
 
-__all__ = ["A2ATS", "Budgets", "Calibrate", "Generate", "Methods", "Models", "main"]
+__all__ = ["A2ats", "Budgets", "Calibrate", "Generate", "Methods", "Models", "main"]
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class Budgets:
 
 
 @dataclass(frozen=True)
-class A2ATS:
+class A2ats:
     """Finds codebooks of the keys (A²ATS) and writes them to a folder, where an interrupted run goes on.
 
     Args:
@@ -204,16 +203,24 @@ class A2ATS:
         print(f"{self.out}: {self.centroids} centroids a head; layers attended densely: {dense or 'none'}")
 
 
-Calibrate = Annotated[
-    Annotated[Budgets, tyro.conf.subcommand("budgets")] | Annotated[A2ATS, tyro.conf.subcommand("a2ats")],
-    tyro.conf.subcommand("calibrate", description="Finds what a method needs to know of a model."),
-]
+@dataclass(frozen=True)
+class Calibrate:
+    """Finds what a method needs to know of a model, from text, and stores it."""
+
+    what: Budgets | A2ats
+
+    def run(self) -> None:
+        """Writes what was found."""
+        self.what.run()
+
+
 Command = Generate | Calibrate | Methods | Models
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 on what the user can mend, 130 on Ctrl-C."""
-    command = tyro.cli(Command, args=arguments, prog="kvjax", description=__doc__)
+    names = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)  # budgets, not what:budgets
+    command = tyro.cli(Command, args=arguments, prog="kvjax", description=__doc__, config=names)
     try:
         command.run()
     except (ValueError, NotImplementedError, OSError) as error:
