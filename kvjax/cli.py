@@ -5,19 +5,20 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 
 import kvjax
 from kvjax import budgets, spec, text
+from kvjax.calibrate import a2ats
 from kvjax.method import CacheMethod
 from kvjax.model import Model
 from kvjax.models.hub import MODELS
 from kvjax.sampling import Sampling
 
-__all__ = ["Calibrate", "Generate", "Methods", "Models", "main"]
+__all__ = ["A2ats", "Budgets", "Calibrate", "Generate", "Methods", "Models", "main"]
 
 
 @dataclass(frozen=True)
@@ -116,11 +117,10 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Calibrate:
-    """Finds what a method needs to know of a model, from a few documents, and writes it to a file.
+class Budgets:
+    """Finds the share of the slots that each KV head needs (Chelsea), and writes it to a file.
 
     Args:
-        what: budgets: the share of the slots that each KV head needs (Chelsea).
         model: a name (see `kvjax models`), hf:org/name, or a path.
         dtype: float32 or bfloat16; by default the device's.
         keep: the share of a document's slots that is kept.
@@ -131,7 +131,6 @@ class Calibrate:
         out: the file.
     """
 
-    what: tyro.conf.Positional[Literal["budgets"]]
     model: str = "smollm2-135m"
     dtype: str | None = None
     keep: float = 0.25
@@ -154,12 +153,74 @@ class Calibrate:
         print(f"{self.out}: {tenth} of {len(ranked)} heads need {part:.0%} of the slots")
 
 
+@dataclass(frozen=True)
+class A2ats:
+    """Finds codebooks of the keys (A²ATS) and writes them to a folder, where an interrupted run goes on.
+
+    Args:
+        out: the folder.
+        model: a name (see `kvjax models`), hf:org/name, or a path.
+        dtype: float32 or bfloat16; by default the device's.
+        texts: pydoc_data.topics (prose that every Python has), or text files.
+        tokens: of the texts, in documents.
+        uuid_tokens: of random UUIDs, in documents.
+        context: tokens of a document.
+        centroids: per KV head; each takes 20 tokens' keys at most, and needs 10.
+        refine: steps that move the centroids towards true attention after k-means.
+        seed: chooses the documents and the first centroids.
+    """
+
+    out: Path
+    model: str = "smollm2-135m"
+    dtype: str | None = None
+    texts: tuple[str, ...] = (text.PROSE,)
+    tokens: int = 65536
+    uuid_tokens: int = 16384
+    context: int = 2048
+    centroids: int = 4096
+    refine: int = 0
+    seed: int = 0
+
+    def run(self) -> None:
+        """Writes the folder, and which layers are attended densely."""
+        if self.tokens % self.context or self.uuid_tokens % self.context:
+            raise ValueError(
+                f"texts are whole documents, got {self.tokens=} and {self.uuid_tokens=} of {self.context=}: "
+                "take multiples of it"
+            )
+        model = kvjax.load(self.model, self.dtype)
+        _check_tokenizer(model)
+        n, n_uuid, length = self.tokens // self.context, self.uuid_tokens // self.context, self.context
+        documents = np.concatenate(
+            [
+                text.documents(model.tokenizer, self.texts, n, length, self.seed),
+                text.uuids(model.tokenizer, n_uuid, length, self.seed),
+            ]
+        )
+        settings = a2ats.Settings(self.centroids, refine=self.refine, seed=self.seed)
+        flat = a2ats.calibrate(model, documents, self.out, settings).flat
+        dense = ", ".join(str(i) for i, is_flat in enumerate(flat) if is_flat)
+        print(f"{self.out}: {self.centroids} centroids a head; layers attended densely: {dense or 'none'}")
+
+
+@dataclass(frozen=True)
+class Calibrate:
+    """Finds what a method needs to know of a model, from text, and stores it."""
+
+    what: Budgets | A2ats
+
+    def run(self) -> None:
+        """Writes what was found."""
+        self.what.run()
+
+
 Command = Generate | Calibrate | Methods | Models
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 on what the user can mend, 130 on Ctrl-C."""
-    command = tyro.cli(Command, args=arguments, prog="kvjax", description=__doc__)
+    names = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)  # budgets, not what:budgets
+    command = tyro.cli(Command, args=arguments, prog="kvjax", description=__doc__, config=names)
     try:
         command.run()
     except (ValueError, NotImplementedError, OSError) as error:

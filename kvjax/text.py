@@ -1,5 +1,6 @@
-"""Takes excerpts of long real text."""
+"""Takes excerpts of long real text, and text that has no sense."""
 
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from jaxtyping import Int
 
 from kvjax.models.tokenizer import Tokenizer
 
-__all__ = ["PROSE", "documents", "excerpts", "read_text"]
+__all__ = ["PROSE", "documents", "excerpts", "read_text", "uuids"]
 
 PROSE = "pydoc_data.topics"  # 500 KB of reference prose in every Python, though not the same in each
 
@@ -60,3 +61,19 @@ def documents(
     counts = [n // len(sources) + (i < n % len(sources)) for i in range(len(sources))]
     read = (tokenizer.encode(read_text(source)) for source in sources)
     return np.concatenate([excerpts(ids, m, length, seed) for ids, m in zip(read, counts, strict=True)])
+
+
+def uuids(tokenizer: Tokenizer, n: int, length: int, seed: int) -> Int[np.ndarray, "N T"]:
+    """Returns n documents of random UUIDs (RFC 9562, version 4), one on a line.
+
+    Example:
+        >>> import kvjax
+        >>> model = kvjax.load("smollm2-135m")
+        >>> model.tokenizer.decode(uuids(model.tokenizer, 1, 27, seed=0)[0].tolist())
+        '2516ac85-e2eb-45e3-8cdb-31fe689'
+    """
+    rng, ids = np.random.default_rng([seed, 1]), []
+    while len(ids) < n * length:
+        lines = (f"{uuid.UUID(bytes=rng.bytes(16), version=4)}\n" for _ in range(64))
+        ids += tokenizer.encode("".join(lines))
+    return np.asarray(ids[: n * length], np.int32).reshape(n, length)
