@@ -27,6 +27,7 @@ from experiments.plan import Methods, Trial, plan
 from experiments.results import Results
 from experiments.trial import Outcome, Prefilled
 from kvjax import text
+from kvjax.calibrate import codebooks
 
 __all__ = ["Settings", "compare", "main"]
 
@@ -140,16 +141,15 @@ class Run:
 def _prepared(settings: Settings, console: Console) -> Run:
     """Checks the settings, the names before anything is downloaded, and loads what they name."""
     methods: Methods = kvjax.METHODS | (plugin.load(settings.plugin) if settings.plugin else {})
-    given = {} if settings.calibration is None else {"calibration": codebooks.load(settings.calibration)}
-    plan(settings.methods, settings.budgets, settings.context, methods, **given)
+    if settings.calibration is None:
+        plan(settings.methods, settings.budgets, settings.context, methods)
     with console.status(f"Loading {settings.model}"):
         model = kvjax.load(settings.model, settings.dtype)
     if model.tokenizer is None:
         raise ValueError(
             f"a comparison needs a tokenizer, got none with {settings.model!r}: add tokenizer.json"
         )
-    if given:
-        given["calibration"].check(model)
+    given = {"calibration": codebooks.load(settings.calibration, model)} if settings.calibration else {}
     batch = lay_out(
         model.tokenizer, settings.text, context=settings.context, continuation=settings.continuation,
         docs=settings.docs, seed=settings.seed,

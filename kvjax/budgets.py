@@ -8,7 +8,6 @@ Source: ours, inside the frame of Chelsea (arXiv 2506.11418); figures in docs/me
 """
 
 import functools
-import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -25,9 +24,9 @@ from kvjax.clustering import Clusters, Matching
 from kvjax.loop import State
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
-from kvjax.model import Model
+from kvjax.model import Model, fingerprint
 
-__all__ = ["Shares", "calibrate", "fingerprint", "load", "pool", "save", "schedule"]
+__all__ = ["Shares", "calibrate", "load", "pool", "save", "schedule"]
 
 _MULTIPLE = 32  # slots
 _MOST = 64  # passes
@@ -197,19 +196,6 @@ def load(path: Path | str, model: Model) -> Shares:
             f"{shape} for {wanted}: calibrate {model.name}"
         )
     return shares
-
-
-def fingerprint(model: Model) -> str:
-    """Returns a name for a model's configuration and weights, the same in float32 and bfloat16.
-
-    Of the weights it takes the vectors: norms and biases.
-    """
-    digest = hashlib.sha256(repr(model.config).encode())
-    for path, x in sorted(jax.tree_util.tree_leaves_with_path(model.params), key=lambda leaf: str(leaf[0])):
-        if x.ndim == 1:
-            digest.update(f"{path}".encode())
-            digest.update(np.asarray(x.astype(jnp.bfloat16)).tobytes())
-    return digest.hexdigest()[:16]
 
 
 @functools.partial(jax.jit, static_argnames="how")

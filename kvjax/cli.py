@@ -12,7 +12,7 @@ from rich.console import Console
 
 import kvjax
 from kvjax import budgets, spec, text
-from kvjax.calibrate import a2ats
+from kvjax.calibrate import a2ats, codebooks
 from kvjax.method import CacheMethod
 from kvjax.model import Model
 from kvjax.models.hub import MODELS
@@ -32,6 +32,7 @@ class Generate:
         method: such as snapkv:budget=512,window=16 or snapkv+kivi4 (see `kvjax methods`).
         budget: tokens per KV head, for a method that has a budget.
         shares: a file of `kvjax calibrate budgets`: heads have budgets of their own, whose mean is `budget`.
+        calibration: a folder of `kvjax calibrate a2ats`, for a method that takes one.
         compress: when: at the prompt's "end", or after each "chunk" of it.
         max_new_tokens: tokens at most; a stop token ends sooner.
         temperature: 0 takes the likeliest token.
@@ -48,6 +49,7 @@ class Generate:
     method: str = "full"
     budget: int | None = None
     shares: Path | None = None
+    calibration: Path | None = None
     compress: str = "end"
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -67,6 +69,8 @@ class Generate:
         if self.shares is not None:
             table = budgets.load(self.shares, model).table(self.budget, least=getattr(method, "least", 1))
             method = spec.parse(self.method, budget=table)
+        if self.calibration is not None:
+            method = spec.parse(self.method, calibration=codebooks.load(self.calibration, model))
         if self.chat:
             prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
         steps = kvjax.stream(
@@ -81,8 +85,14 @@ class Generate:
             print(piece, end="", flush=True)
         print()
 
-    def _method(self) -> CacheMethod:
-        """Returns the method, with the budget where it has one."""
+    def _method(self) -> CacheMethod | None:
+        """Returns the method, with the budget where it has one; None for one that takes a calibration."""
+        if self.calibration is not None:
+            if "calibration" in spec.settings_of(self.method):
+                return None
+            raise ValueError(
+                f"{self.method} takes no calibration, got {str(self.calibration)!r}: leave --calibration out"
+            )
         if self.budget is None:
             if self.shares is not None:
                 raise ValueError(f"shares are of a budget, got {str(self.shares)!r} alone: give --budget too")

@@ -1,5 +1,6 @@
 """Holds a loaded model: its configuration, parameters and tokenizer."""
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from kvjax.models.hub import cache_dir, fetch
 from kvjax.models.tokenizer import Tokenizer, load_tokenizer
 from kvjax.models.weights import load_weights
 
-__all__ = ["Model", "load"]
+__all__ = ["Model", "fingerprint", "load"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,19 @@ def load(name: str | os.PathLike = "smollm2-135m", dtype: Any = None) -> Model:
     path = fetch(name)
     config, params = load_weights(path, dtype)
     return Model(str(name), config, params, load_tokenizer(path), dtype)
+
+
+def fingerprint(model: Model) -> str:
+    """Returns a name for a model's configuration and weights, the same in float32 and bfloat16.
+
+    Of the weights it takes the vectors: norms and biases.
+    """
+    digest = hashlib.sha256(repr(model.config).encode())
+    for path, x in sorted(jax.tree_util.tree_leaves_with_path(model.params), key=lambda leaf: str(leaf[0])):
+        if x.ndim == 1:
+            digest.update(f"{path}".encode())
+            digest.update(np.asarray(x.astype(jnp.bfloat16)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def keep_compiled() -> None:

@@ -27,12 +27,11 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.progress import Progress
 
-from kvjax.budgets import fingerprint
 from kvjax.calibrate import checkpoint, codebooks, kmeans, refine, statistics
 from kvjax.calibrate.codebooks import Codebooks
 from kvjax.calibrate.statistics import Statistics
 from kvjax.methods import layers
-from kvjax.model import Model
+from kvjax.model import Model, fingerprint
 
 __all__ = ["Settings", "calibrate"]
 

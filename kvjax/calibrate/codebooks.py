@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kvjax.calibrate import checkpoint
-from kvjax.model import Model
+from kvjax.model import Model, fingerprint
 
 __all__ = ["Codebooks", "load", "save"]
 
@@ -60,8 +60,6 @@ def load(folder: Path | str, model: Model) -> Codebooks:
         ValueError: for a checkpoint that is not whole, or that of another model.
         FileNotFoundError: where there is no folder.
     """
-    from kvjax.budgets import fingerprint  # which imports the methods, and A²ATS imports this file
-
     path = Path(folder) / "codebooks"
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"codebooks are a folder of `kvjax calibrate a2ats`, got {str(folder)!r}")

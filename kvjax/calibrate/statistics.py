@@ -41,12 +41,14 @@ class Statistics:
     Args:
         q2: Q2, not normalised.
         keys: un-rotated keys of drawn tokens, in the model's type.
+        pos: their positions.
         queries: far queries q̃ of drawn tokens.
         share: of the attention, what exact top-k selection catches; mean over heads and queries.
     """
 
     q2: Float[np.ndarray, "L K D D"]
     keys: Float[np.ndarray, "L K N D"]
+    pos: Int[np.ndarray, " N"]
     queries: Float[np.ndarray, "L R K G D"]
     share: Float[np.ndarray, " L"]
 
@@ -95,7 +97,7 @@ def collect(
             queries[j, query_to] = q[query_at[query_to] - i * length]
             caught[j, i] = share(r, layer=layer, window=window) if layer.window is None else 1.0
         each()
-    return Statistics(q2 / (documents.size * c.group), keys, queries, caught.mean(1))
+    return Statistics(q2 / (documents.size * c.group), keys, key_at % length, queries, caught.mean(1))
 
 
 def metric(q2: Float[np.ndarray, "K D D"]) -> Float[np.ndarray, "K D D"]:

@@ -31,17 +31,17 @@ def turned(x: np.ndarray, t: np.ndarray, rope) -> np.ndarray:
     return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
 
 
-def wanted(q, keys, books, layer, seen, rope, topk, window=6, n_sinks=3, far=64) -> list[set[int]]:
+def wanted(q, keys, method, layer, seen, rope) -> list[set[int]]:
     """The tokens that each KV head reads, from the equations; q [K G D], keys [K T D] before rotation."""
-    chosen = []
+    chosen, books, topk = [], method.calibration, method.topk
     for head, (group, k) in enumerate(zip(q, keys, strict=True)):
         a, c = (np.asarray(x[layer, head], np.float64) for x in (books.metric, books.centroids))
         code = ((k.astype(np.float64) @ a)[:, None] - c[None]) ** 2
         word = (c @ np.linalg.inv(a))[code.sum(-1).argmin(-1)]  # back in the frame of keys
-        always = {*range(min(n_sinks, seen)), *range(max(seen - window, 0), seen)}
+        always = {*range(min(method.n_sinks, seen)), *range(max(seen - method.window, 0), seen)}
         read = set(always)
         for row in group:
-            score = word @ turned(row, far, rope)
+            score = word @ turned(row, method.far, rope)
             rest = [t for t in np.argsort(-score, kind="stable") if t not in always]
             read |= set(rest[: topk if isinstance(topk, int) else max(1, int(topk * seen))])
         chosen.append(read)
@@ -63,7 +63,7 @@ def test_reads_what_the_equations_say(topk, name):
     chosen = np.asarray(one.select(kv, q, at).idx)
     for b, row in enumerate(ids):
         keys = np.swapaxes(np.asarray(record.k[b, -len(row) :]), 0, 1)
-        sets = wanted(np.asarray(q[b, 0]), keys, method.calibration, index, len(row), model.config.rope, topk)
+        sets = wanted(np.asarray(q[b, 0]), keys, method, index, len(row), model.config.rope)
         for head, expected in enumerate(sets):
             got = [i for i in chosen[b, head].tolist() if i >= 0]
             assert got == sorted(expected)

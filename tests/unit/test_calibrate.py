@@ -11,11 +11,12 @@ import pytest
 from method_cases import tiny
 
 import kvjax
-from kvjax import budgets, cli, replay, text
+from kvjax import cli, replay, text
 from kvjax.calibrate import a2ats, checkpoint, codebooks, kmeans, refine, statistics
 from kvjax.calibrate.a2ats import Settings, calibrate
 from kvjax.calibrate.codebooks import Codebooks
 from kvjax.methods import layers
+from kvjax.model import fingerprint
 from kvjax.rope import rotate
 from pallas_kernels.vq_assign import vq_assign
 from tests import tiny_models
@@ -229,7 +230,7 @@ def test_codebooks_survive_a_checkpoint(made):
         np.testing.assert_array_equal(getattr(read, field.name), getattr(books, field.name))
     assert read.layer(1).flat == books.flat[1:]
     np.testing.assert_array_equal(read.layer(1).centroids, books.centroids[1:])
-    assert (read.far, read.window, read.model) == (50, 8, budgets.fingerprint(MODEL))
+    assert (read.far, read.window, read.model) == (50, 8, fingerprint(MODEL))
     curve = json.loads((folder / "held_out.json").read_text())
     assert np.shape([curve["0"], curve["1"]]) == (2, 2, 2)  # layers, looks, heads
     assert not (folder / "statistics").exists()

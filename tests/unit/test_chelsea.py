@@ -19,6 +19,7 @@ from kvjax.budgets import Shares
 from kvjax.clustering import Matching
 from kvjax.methods import make
 from kvjax.methods.chelsea import Chelsea
+from kvjax.model import fingerprint
 from tests.tiny_models import byte_tokenizer
 
 MODEL = MODELS["G2"]
@@ -321,7 +322,7 @@ def test_a_table_below_what_heads_need_raises(needed, least):
 def saved(path, model=MODEL, **changes):
     shares = {
         "shares": [[1.0, 0.8], [1.2, 1.0]],
-        "model": budgets.fingerprint(model),
+        "model": fingerprint(model),
         "keep": 0.5,
         "context": 90,
     }
@@ -369,14 +370,14 @@ def test_a_missing_file_of_shares_raises(tmp_path):
 
 
 def test_a_fingerprint_is_of_the_weights_and_not_of_their_type():
-    name = budgets.fingerprint(MODEL)
+    name = fingerprint(MODEL)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), MODEL.params)
-    assert budgets.fingerprint(dataclasses.replace(MODEL, params=half, dtype=jnp.bfloat16)) == name
-    assert budgets.fingerprint(dataclasses.replace(MODEL, name="other")) == name
+    assert fingerprint(dataclasses.replace(MODEL, params=half, dtype=jnp.bfloat16)) == name
+    assert fingerprint(dataclasses.replace(MODEL, name="other")) == name
     other = dataclasses.replace(MODEL, params=jax.tree.map(lambda x: x * 1.05, MODEL.params))
-    assert budgets.fingerprint(other) != name
+    assert fingerprint(other) != name
     deeper = dataclasses.replace(MODEL.config, rope=kvjax.models.config.RopeConfig(base=5e5))
-    assert budgets.fingerprint(dataclasses.replace(MODEL, config=deeper)) != name
+    assert fingerprint(dataclasses.replace(MODEL, config=deeper)) != name
 
 
 @pytest.mark.parametrize(
