@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 
 from experiments import command
-from experiments.chelsea_quality import Long, Quality, Sweep, long, quality, sweep
+from experiments.chelsea_long import Long, long
+from experiments.chelsea_quality import Quality, Sweep, quality, sweep
 from experiments.chelsea_speed import Speed, speed
 
 __all__ = ["main"]

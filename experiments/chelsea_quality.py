@@ -1,4 +1,4 @@
-"""Chelsea's quality: a sweep of its settings, a table of methods at equal slots, a long text."""
+"""Chelsea's quality: a sweep of its settings, and a table of methods at equal slots."""
 
 import dataclasses
 import functools
@@ -14,13 +14,13 @@ import numpy as np
 import kvjax
 from experiments import chelsea_plot, options, results
 from experiments.results import Results
-from experiments.scoring import Answers, Prose, compared, hidden_keys
+from experiments.scoring import Answers, Prose, hidden_keys
 from kvjax import budgets, measure, spec, text
 from kvjax.method import CacheMethod
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
 
-__all__ = ["Long", "Quality", "Sweep", "long", "quality", "sweep"]
+__all__ = ["Quality", "Sweep", "measured", "quality", "start", "sweep"]
 
 _PEERS = ("streaming_llm", "snapkv", "tova", "knorm", "h2o")
 _SWEEP = (
@@ -100,38 +100,9 @@ class Quality:
     out: Path = results.FOLDER
 
 
-@dataclass(frozen=True)
-class Long:
-    """A long text, read token by token after a short prompt, so that a method works while decoding.
-
-    Args:
-        model: a name (see `kvjax models`), hf:org/name, or a path.
-        dtype: float32 or bfloat16; by default the device's.
-        texts: text files, or pydoc_data.topics.
-        docs: rows.
-        prompt: tokens of the prompt.
-        new: tokens after it.
-        budget: slots per KV head.
-        methods: beside Chelsea.
-        seed: chooses the documents.
-        out: the folder of results.
-    """
-
-    model: str = "smollm2-135m"
-    dtype: str | None = None
-    texts: tuple[str, ...] = (text.PROSE,)
-    docs: int = 2
-    prompt: int = 512
-    new: int = 2048
-    budget: int = 512
-    methods: tuple[str, ...] = ("streaming_llm", "h2o", "tova")
-    seed: int = 0
-    out: Path = results.FOLDER
-
-
 def sweep(settings: Sweep) -> int:
     """Scores each setting that is not stored yet, prints the rows and draws them."""
-    stored = _start("sweep", settings)
+    stored = start("sweep", settings)
     model = kvjax.load(settings.model, settings.dtype)
     documents = functools.cache(lambda: _documents(model, settings, min(settings.docs, 6)))
     prose = functools.cache(lambda: Prose.of(model, documents()[0], settings.rest))
@@ -146,7 +117,7 @@ def sweep(settings: Sweep) -> int:
     for keep, words in ((k, w) for k in settings.keeps for w in settings.settings):
         method = spec.parse(f"chelsea:{words}", budget=round(keep * settings.context))
         row = {"name": "chelsea", "setting": words, "keep": keep, "spec": repr(method)}
-        stored = _measured(stored, row, lambda m=method, k=keep: scores(m, k))
+        stored = measured(stored, row, lambda m=method, k=keep: scores(m, k))
     chelsea_plot.draw_sweep(stored.rows, stored.path.with_suffix(".png"))
     print(stored.path)
     return 0
@@ -154,7 +125,7 @@ def sweep(settings: Sweep) -> int:
 
 def quality(settings: Quality) -> int:
     """Scores each method at each share that is not stored yet, prints the rows and draws them."""
-    stored = _start("quality", settings)
+    stored = start("quality", settings)
     tried = _Tried(settings, kvjax.load(settings.model, settings.dtype))
     rows = [({"name": "full", "keep": 1.0, "spec": "Full()"}, lambda: tried.figures(Full(), Full()))]
     for keep in settings.keeps:
@@ -166,7 +137,7 @@ def quality(settings: Quality) -> int:
     with ThreadPoolExecutor(settings.workers) as pool:
         waiting = [(row, None if stored.find(row) else pool.submit(figures)) for row, figures in rows]
         for row, future in waiting:
-            stored = _measured(stored, row, future and future.result)
+            stored = measured(stored, row, future and future.result)
     stored = stored.claim(_claims(settings.model.split("-")[0], stored.rows))
     chelsea_plot.draw_quality(stored.rows, stored.path.with_suffix(".png"))
     print(stored.path)
@@ -248,46 +219,6 @@ class _Tried:
         }  # fmt: skip
 
 
-def long(settings: Long) -> int:
-    """Scores each method that is not stored yet, prints the rows and draws them."""
-    stored = _start("long", settings)
-    model = kvjax.load(settings.model, settings.dtype)
-    length = settings.prompt + settings.new
-
-    @functools.cache
-    def documents() -> np.ndarray:
-        return text.documents(model.tokenizer, settings.texts, settings.docs, length, settings.seed)
-
-    @functools.cache
-    def full() -> np.ndarray:
-        return _decoded(model, Full(), documents(), settings.prompt)
-
-    for name in ("chelsea", *settings.methods):
-        method = spec.parse(name, budget=settings.budget)
-
-        def scores(method: CacheMethod = method) -> dict[str, Any]:
-            logits = _decoded(model, method, documents(), settings.prompt)
-            kl, top1 = compared(full(), logits)
-            spans = np.array_split(kl.mean(0), max(1, settings.new // 256))
-            return {
-                "kl": float(kl.mean()),
-                "kl_spans": [float(x.mean()) for x in spans],
-                "top1": top1,
-            }
-
-        stored = _measured(stored, {"name": name, "budget": settings.budget, "spec": repr(method)}, scores)
-    chelsea_plot.draw_long(stored.rows, settings.prompt, settings.new, stored.path.with_suffix(".png"))
-    print(stored.path)
-    return 0
-
-
-def _decoded(model: kvjax.Model, method: CacheMethod, ids: np.ndarray, prompt: int) -> np.ndarray:
-    """Returns the logits after each token that follows the prompt, read one by one; [B N V]."""
-    logits, state = kvjax.prefill(model, ids[:, :prompt], method, room=ids.shape[1] - prompt)
-    *_, kept = kvjax.decode(model, logits, state, method, ids[:, prompt:].astype(np.int32), keep_logits=True)
-    return np.asarray(kept)
-
-
 def _documents(
     model: kvjax.Model, settings: Sweep | Quality, n_other: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -302,13 +233,14 @@ def _documents(
     return scored, other[np.linspace(0, len(other) - 1, n_other).astype(int)]
 
 
-def _start(command: str, settings: Any) -> Results:
+def start(command: str, settings: Any) -> Results:
+    """Opens the results of a command."""
     arguments = map(shlex.quote, options.as_arguments(settings, skip=("out", "workers")))
     words = ["python -m experiments.chelsea", command, *arguments]
     return results.start(f"chelsea_{command}", settings.seed, folder=settings.out, command=" ".join(words))
 
 
-def _measured(stored: Results, row: Mapping[str, Any], figures: Callable[[], dict[str, Any]]) -> Results:
+def measured(stored: Results, row: Mapping[str, Any], figures: Callable[[], dict[str, Any]]) -> Results:
     """Adds a row unless it is stored, and prints it."""
     if stored.find(row) is None:
         stored = stored.add(row, figures())

@@ -51,7 +51,7 @@ class Settings:
         far: b, the distance in tokens that queries are rotated by.
         window: w in tokens.
         flat_below: a layer is attended densely where exact top 3% (with window and sinks) catches less than
-            this share of its attention. SmolLM2-135M: 0.42 in layer 0, 0.83 or more in all others.
+            this share of its attention. In SmolLM2-135M that is layer 0 alone.
         seed: the same seed finds the same codebooks.
     """
 
