@@ -68,7 +68,8 @@ def refine(
     if y.shape[2] < 2 or n_steps < 1:
         raise ValueError(f"refinement takes steps and 2 queries or more, got {n_steps=} and {y.shape[2]}")
     (x, x_out), (y, y_out) = split(x, 1), split(y, 2)
-    x_out, y_out = x_out[:, :_KEYS], y_out[:, :, : _queries(y)]
+    x_out = x_out[:, :: -(-x_out.shape[1] // _KEYS)]  # from all of the text, which the order is of
+    y_out = y_out[:, :, :: -(-y_out.shape[2] // _queries(y))]
     unit = rate * jnp.sqrt(jnp.mean((x_out - _coded(x_out, centroids)) ** 2, axis=(1, 2)))  # [K]
     state = optax.scale_by_adam().init(centroids)
     best, least = centroids, score_loss(centroids, x_out, y_out, layer=layer)
