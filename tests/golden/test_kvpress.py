@@ -53,7 +53,7 @@ def read_prompt(method, inputs: dict, index: int):
     q = jnp.asarray(q.reshape(1, n_tokens, n_kv_heads, group, head_dim))
     kv = method.init(layer, 1, (n_tokens,) * n_kv_heads, jnp.float32)
     kv, idx = cache.append(kv, jnp.asarray(k), jnp.asarray(v), pos)
-    return method.observe(kv, q, k, pos, idx), q, pos
+    return method.observe(kv, q, jnp.asarray(k), pos, idx), q, pos
 
 
 def kept_by(kv) -> np.ndarray:
