@@ -104,11 +104,11 @@ def _init(
     """Makes the empty state of one layer, on each device its own part."""
     if mesh is None:
         return method.init(layer, batch, slots, dtype)
-    return _init_spread(method, layer, batch, slots, dtype, mesh)
+    return _init_spread(method, layer, batch, slots, dtype, mesh, method.learnt)
 
 
-@functools.partial(jax.jit, static_argnums=range(6))
-def _init_spread(method, layer, batch, slots, dtype, mesh) -> KV:
+@functools.partial(jax.jit, static_argnums=range(7))
+def _init_spread(method, layer, batch, slots, dtype, mesh, learnt) -> KV:
     kv = method.init(layer, batch, slots, dtype)
     return jax.lax.with_sharding_constraint(kv, sharding.of_state(kv, mesh))
 

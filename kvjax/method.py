@@ -61,6 +61,11 @@ class CacheMethod(abc.ABC):
         """How many of the newest queries `compress` looks at after a prompt, W."""
         return 1
 
+    @property
+    def learnt(self) -> Any:
+        """What `init` takes beside the settings that are compared; hashable, None for nothing."""
+        return None
+
     def __post_init__(self) -> None:
         """Makes the budget hashable and checks it.
 
@@ -206,6 +211,11 @@ class Chain(CacheMethod):
     def n_queries(self) -> int:
         """The largest W of the methods."""
         return max(m.n_queries for m in self.methods)
+
+    @property
+    def learnt(self) -> Any:
+        """What the methods' do, in order."""
+        return tuple(m.learnt for m in self.methods)
 
     def for_layer(self, index: int, n_layers: int) -> "Chain":
         """Returns the chain of one layer."""

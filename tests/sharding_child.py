@@ -8,6 +8,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from method_cases import codebooks
 from tiny_models import tiny
 
 import kvjax
@@ -21,9 +22,15 @@ PROMPTS = kvjax.pad([RNG.permutation(256)[:n].tolist() for n in (60, 47)])
 FORCED = RNG.integers(0, 256, (2, N_NEW)).astype(np.int32)
 
 
+MODEL, WINDOWS = (tiny(n_kv_heads=4, windows=w) for w in ((None,), (16, None)))
+
+
 def settings(name: str) -> dict:
     known = METHODS[name].__dataclass_fields__
-    return {k: v for k, v in {"budget": BUDGET, "dense_layers": 0}.items() if k in known}
+    given = {"budget": BUDGET, "dense_layers": 0}
+    if name == "a2ats":
+        given = {"topk": 9, "calibration": codebooks(MODEL), "far": 64, "window": 8}
+    return {k: v for k, v in given.items() if k in known}
 
 
 def cases() -> dict:
@@ -32,6 +39,7 @@ def cases() -> dict:
     return found | {
         "snapkv+kivi4": kvjax.chain(found["snapkv"], make("kivi", bits=4)),
         "quest+kivi8": kvjax.chain(found["quest"], make("kivi", bits=8)),
+        "a2ats, other codebooks": make("a2ats", **settings("a2ats") | {"calibration": codebooks(MODEL, 1)}),
         "snapkv, equal table": make("snapkv", budget=table),
         "snapkv, other table": make("snapkv", budget=table + np.array([0, 0, 0, 1])),
     }
@@ -63,7 +71,7 @@ def compare(model, spread, method, **options) -> dict:
 
 
 def main() -> None:
-    model, windows = (tiny(n_kv_heads=4, windows=w) for w in ((None,), (16, None)))
+    model, windows = MODEL, WINDOWS
     four, two = (sharding.make_mesh(jax.devices()[:n]) for n in (N_DEVICES, 2))
     wanted = [(name, model, four, method, {}) for name, method in cases().items()]
     wanted += [

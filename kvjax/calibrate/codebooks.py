@@ -8,6 +8,7 @@ Keys and queries are un-rotated, and q̃ is the query rotated to the one distanc
 Source: A²ATS (arXiv 2502.12665), query-aware vector quantisation.
 """
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -41,9 +42,16 @@ class Codebooks:
     window: int
 
     def layer(self, index: int) -> "Codebooks":
-        """Returns those of one layer, L = 1."""
-        part = slice(index, index + 1)
-        return replace(self, centroids=self.centroids[part], metric=self.metric[part], flat=self.flat[part])
+        """Returns those of one layer, L = 1; the same object each time."""
+        return self._layers[index]
+
+    @functools.cached_property
+    def _layers(self) -> tuple["Codebooks", ...]:
+        parts = [slice(i, i + 1) for i in range(len(self.flat))]
+        return tuple(
+            replace(self, centroids=self.centroids[part], metric=self.metric[part], flat=self.flat[part])
+            for part in parts
+        )
 
 
 def save(codebooks: Codebooks, folder: Path | str) -> None:

@@ -81,6 +81,11 @@ class A2ATS(CacheMethod):
                 "calibrate anew"
             )
 
+    @property
+    def learnt(self) -> Codebooks:
+        """The codebooks."""
+        return self.calibration
+
     def for_layer(self, index: int, n_layers: int) -> "A2ATS":
         """Returns the method of one layer; flat ones read everything.
 
