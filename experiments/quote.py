@@ -51,6 +51,7 @@ def files() -> dict[Path, dict[str, Callable[[], str]]]:
         _ROOT / "docs" / "methods" / "chelsea.md": {
             "quality": _chelsea_quality,
             "sweep": _chelsea_sweep,
+            "long": _chelsea_long,
             "speed": _chelsea_speed,
         },
     }
@@ -185,6 +186,14 @@ def _chelsea_sweep() -> str:
         f"| {r['setting'] or 'none'} | {r['keep']:.0%} | {r['kl']:.4f} | {r['top1']:.1%} |"
         for r in stored["rows"]
     ]
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _chelsea_long() -> str:
+    """Returns what each method loses on a long text that is read token by token."""
+    stored, path = _newest("chelsea", " long", "chelsea_long")
+    lines = ["| method | slots | KL to full | top-1 |", "|---|---|---|---|"]
+    lines += [f"| {r['name']} | {r['budget']} | {r['kl']:.4f} | {r['top1']:.1%} |" for r in stored["rows"]]
     return "\n".join(lines) + _below(stored, path)
 
 
