@@ -63,7 +63,7 @@ def ranked(
                 pages = jnp.ceil(values["read"] * (at + 1) / _PAGE).astype(jnp.int32)
             yield (name, ratio), {k: float(jnp.mean(x)) for k, x in values.items()}
         chosen = _pages(turned, here, at, pages)
-        values = _compared(chosen & ranks, true, always | chosen, p, n)
+        values = _compared(chosen & ranks, true, chosen, p, n)
         yield ("quest", ratio), {k: float(jnp.mean(x)) for k, x in values.items()}
 
 
@@ -103,6 +103,8 @@ def _pages(
     ]
     score = jnp.max(bound[0] + bound[1], axis=1, keepdims=True)  # [K 1 Q N]
     whole = (jnp.arange(len(page)) + 1) * _PAGE <= at[:, None] + 1
+    newest = jnp.arange(len(page)) == at[:, None] // _PAGE  # ranks highest, as in `Quest`
+    score = jnp.where(newest, jnp.inf, score)
     order = jnp.argsort(-jnp.where(whole, score, -jnp.inf), axis=-1)
     chosen = whole & (jnp.argsort(order, axis=-1) < n[:, None, :, None])
     return jnp.repeat(chosen, _PAGE, axis=-1)

@@ -34,6 +34,9 @@ from kvjax.rope import rotate
 
 __all__ = ["Recall", "recall"]
 
+_NAMES = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
+_SHOWN = ("name", "ratio", "recall", "mass", "mass_union", "read")
+
 
 @dataclass(frozen=True)
 class Recall:
@@ -110,10 +113,6 @@ def recall(settings: Recall) -> int:
         }
     print(stored.claim(claims).path)
     return 0
-
-
-_NAMES = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
-_SHOWN = ("name", "ratio", "recall", "mass", "mass_union", "read")
 
 
 def _figures(model: kvjax.Model, settings: Recall) -> dict[tuple[str, float], dict[str, Any]]:
