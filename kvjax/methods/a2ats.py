@@ -102,11 +102,13 @@ class A2ATS(CacheMethod):
         """Returns an empty state with the layer's codebooks.
 
         Raises:
-            ValueError: for codebooks of another shape.
+            ValueError: for codebooks of another shape, or more tokens to read than a head holds.
         """
         kv = cache.allocate(layer, batch, slots, dtype, rotated=self.rotated)
         if self.topk is None:
             return kv
+        if isinstance(self.topk, int) and self.topk > max(slots):
+            raise ValueError(f"topk is at most the slots of a head, {max(slots)}, got {self.topk=}: lower it")
         (centroids,), (metric,) = self.calibration.centroids, self.calibration.metric
         wanted = (layer.n_kv_heads, layer.head_dim)
         if (centroids.shape[0], centroids.shape[2]) != wanted:

@@ -85,7 +85,7 @@ def filled(n: int, method: A2ATS | None = None) -> cache.KV:
     k, v = (jnp.asarray(rng.normal(size=(1, n, 2, 16)), jnp.float32) for _ in range(2))
     own = method.for_layer(0, 2)
     pos = jnp.arange(n)[None]
-    kv, idx = cache.append(own.init(layer, 1, (n, n), jnp.float32), k, v, pos)
+    kv, idx = cache.append(own.init(layer, 1, (60, 60), jnp.float32), k, v, pos)
     return own.observe(kv, jnp.zeros((1, n, 2, 2, 16)), k, pos, idx)
 
 
@@ -148,6 +148,11 @@ def test_codebooks_of_another_model_are_refused():
     wide = dataclasses.replace(BOOKS, centroids=BOOKS.centroids[..., :8], metric=BOOKS.metric[..., :8, :8])
     with pytest.raises(ValueError, match=r"codebooks are \[K C D\] with the model's K and D"):
         kvjax.prefill(MODEL, PROMPTS, a2ats(5, calibration=wide), room=NEW)
+
+
+def test_a_topk_above_the_length_is_refused():
+    with pytest.raises(ValueError, match=f"topk is at most the slots of a head, {TOTAL}, got self.topk=141"):
+        kvjax.prefill(MODEL, PROMPTS, a2ats(TOTAL + 1), room=NEW)
 
 
 def test_layers_and_calibrations_share_programs():
