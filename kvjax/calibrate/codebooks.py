@@ -12,6 +12,7 @@ import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -48,10 +49,11 @@ class Codebooks:
     @functools.cached_property
     def _layers(self) -> tuple["Codebooks", ...]:
         parts = [slice(i, i + 1) for i in range(len(self.flat))]
-        return tuple(
-            replace(self, centroids=self.centroids[part], metric=self.metric[part], flat=self.flat[part])
-            for part in parts
-        )
+        with jax.ensure_compile_time_eval():  # kept beyond the trace that may ask for them first
+            return tuple(
+                replace(self, centroids=self.centroids[part], metric=self.metric[part], flat=self.flat[part])
+                for part in parts
+            )
 
 
 def save(codebooks: Codebooks, folder: Path | str) -> None:
