@@ -10,14 +10,14 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from kvjax import storage
+from kvjax import storage, tiers
 from kvjax.cache import KV, extent, runs, starts, take, view
 from kvjax.prefill_attention import attend_prompt, logits
 from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Positions, Queries
 from pallas_kernels import AttentionForm, decode_attention, join, sparse_decode_attention
 
-__all__ = ["Selection", "attend", "weights"]
+__all__ = ["Selection", "attend", "held", "weights"]
 
 
 @struct.dataclass
@@ -26,6 +26,39 @@ class Selection:
 
     idx: Leaf  # [B K N] int32
     block: int = struct.field(pytree_node=False)  # slots per block, P
+
+
+def held(kv: KV, pos: Positions, selection: Selection | None) -> tuple[KV, KV, Selection | None]:
+    """Brings what is to be read from the host.
+
+    Returns: the state; and one on the device, with a selection of it, that attention can read instead.
+    Without a tier these are what was given.
+
+    Raises:
+        ValueError: for blocks of a selection that are no part of the tier's.
+    """
+    if kv.tier is None:
+        return kv, kv, selection
+    far = (kv.k, kv.v)
+    if selection is None:
+        k, v = tiers.whole(kv.tier, far, kv.slots)
+        return kv, kv.replace(k=k, v=v, tier=None), None
+    block, n_heads = kv.tier.block, len(kv.slots)
+    per, rest = divmod(block, selection.block)
+    if rest:
+        raise ValueError(f"a tier's block holds whole ones of a selection, got {block=}, {selection.block=}")
+    idx = jnp.where((pos >= 0)[..., None], selection.idx, -1)
+    tier, line = tiers.bring(kv.tier, far, jnp.where(idx >= 0, idx // per, -1), kv.seen, kv.slots)
+    size = tier.k.shape[1] // n_heads
+    slot = tier.held[..., None] * block + jnp.arange(block)  # [B K C P]
+    inside = (tier.held >= 0)[..., None] & (slot < jnp.asarray(kv.slots)[:, None, None])
+    row = jnp.where(inside, slot + starts(kv.slots)[:, None, None], -1).reshape(len(slot), -1)
+    here = kv.replace(
+        k=tier.k, v=tier.v, pos=take(kv.pos, row), mass=take(kv.mass, row), slots=(size,) * n_heads,
+        tier=None, aux=None,
+    )  # fmt: skip
+    at = jnp.where(idx >= 0, line * per + idx % per, -1)
+    return kv.replace(tier=tier), here, selection.replace(idx=at)
 
 
 def attend(

@@ -16,7 +16,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int
 
-from kvjax import storage
+from kvjax import storage, tiers
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Packed, Positions, Slots, Tokens
@@ -82,6 +82,7 @@ class KV:
     fill: Leaf  # [B K] int32, next free slot of the head
     seen: Leaf  # [B] int32, tokens consumed
     aux: Leaf  # the method's own index
+    tier: Leaf  # what the device holds where k and v lie on the host; None where they do not
     layer: Layer = struct.field(pytree_node=False)
     slots: tuple[int, ...] = struct.field(pytree_node=False)  # [K] capacity of each head
     rotated: bool = struct.field(pytree_node=False)  # keys are stored rotated by pos
@@ -120,8 +121,11 @@ def view(x: Array | np.ndarray, run: Run) -> Array | np.ndarray:
     return rows.reshape(x.shape[0], run.n, run.size, *x.shape[2:])
 
 
-def allocate(layer: Layer, batch: int, slots: Sequence[int], dtype: Any, *, rotated: bool = True) -> KV:
-    """Makes an empty state with the given capacity per KV head.
+def allocate(
+    layer: Layer, batch: int, slots: Sequence[int], dtype: Any, *,
+    rotated: bool = True, host: tiers.Host | None = None,
+) -> KV:  # fmt: skip
+    """Makes an empty state with the given capacity per KV head, in host memory if that is asked for.
 
     Raises:
         ValueError: where there is not one positive capacity per KV head.
@@ -132,14 +136,17 @@ def allocate(layer: Layer, batch: int, slots: Sequence[int], dtype: Any, *, rota
             f"a layer has one capacity of at least 1 per KV head, got {slots=} for {layer.n_kv_heads=}"
         )
     rows = sum(slots)
+    shape = (batch, rows, layer.head_dim)
+    k, v = (jnp.zeros(shape, dtype) if host is None else tiers.place(shape, dtype, host) for _ in range(2))
     return KV(
-        k=jnp.zeros((batch, rows, layer.head_dim), dtype),
-        v=jnp.zeros((batch, rows, layer.head_dim), dtype),
+        k=k,
+        v=v,
         pos=jnp.zeros((batch, rows), jnp.int32),
         mass=jnp.zeros((batch, rows), jnp.float32),
         fill=jnp.zeros((batch, layer.n_kv_heads), jnp.int32),
         seen=jnp.zeros((batch,), jnp.int32),
         aux=None,
+        tier=None if host is None else tiers.empty(batch, slots, layer.head_dim, dtype, host),
         layer=layer,
         slots=slots,
         rotated=rotated,
@@ -173,9 +180,12 @@ def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
     spread = jnp.broadcast_to(pos[:, None, :], idx.shape)
     mass = kv.mass.at[batch, idx].set(1.0, mode="drop")
     fill = jnp.minimum(kv.fill + valid.sum(1, dtype=jnp.int32)[:, None], jnp.asarray(kv.slots, jnp.int32))
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    if kv.tier is None:
+        kv = kv.replace(k=storage.write(kv.k, idx, k, mass), v=storage.write(kv.v, idx, v, mass))
+    else:
+        kv = kv.replace(tier=tiers.stage(kv.tier, jnp.where(written, slot, -1), k, v))
     kv = kv.replace(
-        k=storage.write(kv.k, idx, jnp.swapaxes(k, 1, 2), mass),
-        v=storage.write(kv.v, idx, jnp.swapaxes(v, 1, 2), mass),
         pos=kv.pos.at[batch, idx].set(spread, mode="drop"),
         mass=mass,
         fill=fill,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache, sharding
+from kvjax import cache, sharding, tiers
 from kvjax.cache import KV, Layer
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
@@ -37,6 +37,7 @@ __all__ = [
     "prefill",
     "prompt_logits",
     "read",
+    "settle",
     "widen",
 ]
 
@@ -84,18 +85,21 @@ def init_state(model: Model, method: CacheMethod, batch: int, total: int, prompt
     Raises:
         ValueError: where total is larger than the model's context, or a budget is; where the model
             is spread over devices and the heads cannot be, see `sharding.check`.
+        MemoryError: where the host has too little memory for what shall lie there.
     """
     context = model.config.context_length
     if not 0 < total <= context:
         raise ValueError(f"prompt and new tokens fit the context of {context} tokens, got {total=}")
-    state = []
+    makers = []
     for m, layer in zip(per_layer(method, model.config), layers(model.config), strict=True):
         if getattr(m, "budget", None) is not None and max(m.budgets(layer)) > context:
             raise ValueError(f"a budget is at most the context of {context} tokens, got {m.budgets(layer)}")
         slots = tuple(max(s, prompt) for s in m.slots(layer, total)) if m.evicts else m.slots(layer, total)
         sharding.check(model.mesh, m, slots)
-        state.append(_init(m, layer, batch, slots, model.dtype, model.mesh))
-    return tuple(state)
+        makers.append(functools.partial(_init, m, layer, batch, slots, model.dtype, model.mesh))
+    if any(m.tier == "host" for m in per_layer(method, model.config)):
+        tiers.check_memory([jax.eval_shape(make) for make in makers])
+    return tuple(make() for make in makers)
 
 
 def _init(
@@ -163,18 +167,25 @@ def prefill(
     else:
         _check_room(state, methods, ids.shape[1])
         state = _widen(state, program, ids.shape[1]) if compress == "end" else state
-    seen = np.asarray(state[0].seen)[:, None]
-    pos = np.where(ids >= 0, np.cumsum(ids >= 0, axis=1) - 1 + seen, -1).astype(np.int32)
+    pos = _positions(ids, state)
+    state = settle(state, chunk)
     for start in range(0, ids.shape[1], chunk):
-        part = slice(start, start + chunk)
+        part, last = slice(start, start + chunk), start + chunk == ids.shape[1]
         if compress == "chunk":
             state = _widen(state, program, chunk)
         logits, state, queries = _read(
             model.params, ids[:, part], pos[:, part], state, program=program, n_queries=n_queries
         )
-        if compress == "chunk" or start + chunk == ids.shape[1]:
+        state = settle(state, tiers.STEPS if last else chunk)
+        if compress == "chunk" or last:
             state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), program)
     return logits[:, 0], state
+
+
+def _positions(ids: np.ndarray, state: State) -> np.ndarray:
+    """Returns the positions of a prompt's tokens after those of the state, -1 for padding."""
+    seen = np.asarray(state[0].seen)[:, None]
+    return np.where(ids >= 0, np.cumsum(ids >= 0, axis=1) - 1 + seen, -1).astype(np.int32)
 
 
 def read(
@@ -189,8 +200,21 @@ def read(
     if (ids < 0).any():
         raise ValueError("logits take rows of one length, got padding: call once per length")
     pos = np.asarray(state[0].seen)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
-    program = Program.of(model, method)
-    return _read(model.params, ids, pos, state, program=program, last_only=False)[:2]
+    program, state = Program.of(model, method), settle(state, ids.shape[1])
+    logits, state, _ = _read(model.params, ids, pos, state, program=program, last_only=False)
+    return logits, settle(state)
+
+
+def settle(state: State, room: int = tiers.STEPS) -> State:
+    """Moves to the host what programs have staged; the next one may stage `room` tokens."""
+    flushed = (kv if kv.tier is None else _flush(kv) for kv in state)
+    return tuple(kv if kv.tier is None else kv.replace(tier=tiers.resize(kv.tier, room)) for kv in flushed)
+
+
+@functools.partial(jax.jit, donate_argnames="kv")
+def _flush(kv: KV) -> KV:
+    tier, (k, v) = tiers.flush(kv.tier, (kv.k, kv.v), kv.fill, kv.slots)
+    return kv.replace(k=k, v=v, tier=tier)
 
 
 def widen(state: State, model: Model, method: CacheMethod, extra: int) -> State:
@@ -211,6 +235,9 @@ def _widen(state: State, program: Program, extra: int) -> State:
 
 @functools.partial(jax.jit, static_argnames=("method", "extra", "mesh"))
 def _widen_layer(kv: KV, *, method: CacheMethod, extra: int, mesh: Mesh | None) -> KV:
+    if kv.tier is not None:
+        return kv
+
     def step(method: CacheMethod, kv: KV) -> tuple[KV, None]:
         kv, idx = cache.widen(kv, tuple(s + extra * method.evicts for s in kv.slots))
         return method.moved(kv, idx), None
@@ -333,7 +360,8 @@ def decode_step(
     """
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
-    return _step(model.params, ids, pos, state, program=Program.of(model, method))
+    logits, state = _step(model.params, ids, pos, state, program=Program.of(model, method))
+    return logits, settle(state)
 
 
 def decode(
@@ -368,12 +396,36 @@ def decode(
         >>> model.tokenizer.decode(tokens[0].tolist())
         ' Paris.'
     """
-    n_steps = np.int32(forced.shape[1] if steps is None else steps)
-    program = Program.of(model, method)
-    return _decode(
-        model.params, logits, state, np.asarray(forced, np.int32), n_steps, sampling.limits(),
-        program=program, keep_logits=keep_logits,
-    )  # fmt: skip
+    steps = forced.shape[1] if steps is None else steps
+    options = {"program": Program.of(model, method), "keep_logits": keep_logits}
+    run = functools.partial(_decode, model.params, limits=sampling.limits(), **options)
+    forced = np.asarray(forced, np.int32)
+    if all(kv.tier is None for kv in state):
+        return run(logits, state, forced, np.int32(steps))
+    return _decode_parts(run, logits, state, forced, steps, sampling.stop or ())
+
+
+def _decode_parts(
+    run: Callable[..., tuple],
+    logits: Array,
+    state: State,
+    forced: np.ndarray,
+    steps: int,
+    stop: Sequence[int],
+) -> tuple:
+    """Decodes by programs of as many steps as are staged, and moves their rows to the host in between."""
+    tokens, kept, ended = [], [], np.zeros((len(forced), 1), bool)
+    for start in range(0, forced.shape[1], tiers.STEPS):
+        part = np.where(ended, -2, forced[:, start : start + tiers.STEPS])
+        n = min(max(steps - start, 0), part.shape[1])
+        taken, logits, state, seen = run(logits, state, part, np.int32(n))
+        state = settle(state)
+        tokens.append(taken)
+        kept.append(seen)
+        last = np.asarray(taken)[:, [n - 1]]
+        ended = ended | ((last < 0) | np.isin(last, stop) if n else False)
+    logits_kept = None if kept[0] is None else jnp.concatenate(kept, axis=1)
+    return jnp.concatenate(tokens, axis=1), logits, state, logits_kept
 
 
 @functools.partial(jax.jit, static_argnames=("program", "keep_logits"), donate_argnames="state")

@@ -54,6 +54,7 @@ class CacheMethod(abc.ABC):
     evicts: ClassVar[bool] = False  # compress removes or moves slots
     n_free: ClassVar[int] = 1  # slots of a budget that compress leaves free, at most
     couples_heads: ClassVar[bool] = False  # a verb looks at several KV heads of a layer together
+    tier: ClassVar[str] = "device"  # where K and V lie, or "host"
     budget: Budget | None
 
     @property
@@ -184,6 +185,8 @@ class Chain(CacheMethod):
         late = [type(m).__name__ for m in self.methods[1:] if m.evicts]
         if late:
             raise ValueError(f"only the first method of a chain may evict, got {late} later: put it first")
+        if any(m.tier != "device" for m in self.methods):
+            raise ValueError('a method of a chain keeps K and V on the device: take tier="device"')
         if len({m.rotated for m in self.methods}) > 1:
             raise ValueError("methods of a chain store keys alike, got rotated and un-rotated ones")
 

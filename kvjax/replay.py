@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import cache
 from kvjax.cache import KV, Layer
-from kvjax.loop import Program, State, init_state, pad
+from kvjax.loop import Program, State, init_state, pad, settle
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.methods.full import Full
@@ -103,9 +103,12 @@ def read(
             _empty(pos, layer, m, total, pos.shape[1] + later, model.dtype)
             for layer, m in zip(layers(model.config), methods, strict=True)
         )
-    return tuple(
-        _read_layer(kv, r, pos, method=m, chunk=chunk)
-        for kv, r, m in zip(state, records, methods, strict=True)
+    state = settle(state, -(-pos.shape[1] // chunk) * chunk)
+    return settle(
+        tuple(
+            _read_layer(kv, r, pos, method=m, chunk=chunk)
+            for kv, r, m in zip(state, records, methods, strict=True)
+        )
     )
 
 

@@ -89,6 +89,8 @@ def check(mesh: Mesh | None, method: CacheMethod, slots: Sequence[int]) -> None:
     """Raises ValueError where a layer's heads cannot lie on different devices."""
     if mesh is None or mesh.size == 1:
         return
+    if method.tier != "device":
+        raise ValueError(f'several devices keep K and V themselves, got {method.tier=}: take tier="device"')
     method.for_heads(len(slots) // mesh.size)
     if len(set(slots)) != 1:
         raise ValueError(

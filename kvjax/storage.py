@@ -21,7 +21,7 @@ from kvjax.shapes import Leaf, Packed, Slots
 from pallas_kernels import Codes
 from pallas_kernels.backend import in_hbm
 
-__all__ = ["Quantized", "blocks", "dtype", "quantize", "read", "renew", "renumber", "write"]
+__all__ = ["Quantized", "blocks", "dtype", "encode", "quantize", "read", "renew", "renumber", "write"]
 
 
 @struct.dataclass
@@ -88,7 +88,7 @@ def write(store: Any, idx: Slots, x: Float[Array, "B K T D"], mass: Packed) -> A
         )
     store = _remember(store, idx, x)
     if store.block is None:
-        codes, scale, zero = _encode(x, store.bits, axis=-1)
+        codes, scale, zero = encode(x, store.bits, axis=-1)
         return store.replace(
             codes=store.codes.at[batch, idx].set(codes, mode="drop"),
             scale=store.scale.at[batch, idx].set(scale, mode="drop"),
@@ -107,12 +107,12 @@ def quantize(x: Float[Array, "B R D"], mass: Packed, order: Packed, store: dict)
     batch, n_rows, _ = x.shape
     clean = jnp.where((mass > 0)[..., None], x, 0)
     if block is None:
-        codes, scale, zero = _encode(clean, bits, axis=-1)
+        codes, scale, zero = encode(clean, bits, axis=-1)
     else:
         rows, inside = blocks(slots, block)
         at = np.where(inside, rows, 0)  # [ΣN P]
         alive = (mass[:, at] > 0) & inside
-        codes, scale, zero = _encode(clean[:, at], bits, axis=2, alive=alive[..., None])
+        codes, scale, zero = encode(clean[:, at], bits, axis=2, alive=alive[..., None])
         full = jnp.zeros((batch, n_rows + 1, codes.shape[-1]), codes.dtype)
         codes = full.at[:, np.where(inside, rows, n_rows)].set(codes)[:, :n_rows]
         scale, zero = scale[:, :, 0], zero[:, :, 0]
@@ -170,7 +170,7 @@ def _rewrite_block(store: Quantized, idx: Array, mass: Array) -> Quantized:
     exact = jnp.take_along_axis(store.recent, jnp.argmax(match, -1)[..., None], axis=2)
     x = jnp.where((match.any(-1) & (row < n_rows))[..., None], exact, x)
     alive = (mass[batch[..., None], at] > 0) & (row < n_rows)
-    codes, scale, zero = _encode(x, store.bits, axis=2, alive=alive[..., None])
+    codes, scale, zero = encode(x, store.bits, axis=2, alive=alive[..., None])
     target = jnp.where((which < n_blocks)[..., None], row, n_rows)
     return store.replace(
         codes=store.codes.at[batch[..., None], target].set(codes, mode="drop"),
@@ -204,7 +204,7 @@ def _spread(store: Quantized, x: Array) -> Array:
     return x if store.block is None else x[:, _owner(store.slots, store.block)]
 
 
-def _encode(x: Array, bits: int, axis: int, alive: Array | None = None) -> tuple[Array, Array, Array]:
+def encode(x: Array, bits: int, axis: int, alive: Array | None = None) -> tuple[Array, Array, Array]:
     """Returns codes, scale and zero over `axis`; rows that are not alive do not stretch the range."""
     x32 = x.astype(jnp.float32)
     seen = jnp.ones((), bool) if alive is None else alive

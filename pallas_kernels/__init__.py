@@ -5,9 +5,11 @@ from pallas_kernels.block_bounds import block_bounds
 from pallas_kernels.bound_scores import bound_scores
 from pallas_kernels.chunked_similarity import chunked_similarity
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.fetch_rows import fetch_rows
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 from pallas_kernels.spvmm import spvmm
+from pallas_kernels.stow_rows import stow_rows
 from pallas_kernels.union_topk import union_topk
 from pallas_kernels.vmmsp import vmmsp
 from pallas_kernels.vq_assign import vq_assign
@@ -20,10 +22,12 @@ __all__ = [
     "bound_scores",
     "chunked_similarity",
     "decode_attention",
+    "fetch_rows",
     "join",
     "select_topk",
     "sparse_decode_attention",
     "spvmm",
+    "stow_rows",
     "union_topk",
     "vmmsp",
     "vq_assign",

@@ -7,8 +7,9 @@ silenced here, and nowhere else.
 
 import contextlib
 import re
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +98,15 @@ def gpu_call(
     out_shape: Any,
     warps: int = 4,
     stages: int = 2,
+    aliases: Mapping[int, int] = types.MappingProxyType({}),
     name: str,
 ) -> Any:
-    """Runs a Pallas Triton kernel, whose refs are whole arrays, over a grid of programs."""
+    """Runs a Pallas Triton kernel, whose refs are whole arrays, over a grid of programs.
+
+    aliases: operands (counted as leaves) that are written in place, and the outputs that they become.
+    """
     at = target()
-    options = {"grid": grid, "out_shape": out_shape, "name": name}
+    options = {"grid": grid, "out_shape": out_shape, "name": name, "input_output_aliases": dict(aliases)}
     if at.interpret is not None:
         return pl.pallas_call(kernel, interpret=True, **options)(*operands)
     with _triton_is_deprecated():
@@ -116,14 +121,16 @@ def tpu_call(
     out_shape: Any,
     semantics: Sequence[str],
     vmem_bytes: int,
+    aliases: Mapping[int, int] = types.MappingProxyType({}),
     name: str,
 ) -> Any:
     """Runs a Pallas Mosaic kernel.
 
     semantics: "parallel" or "arbitrary" per grid axis. vmem_bytes: what the kernel may use; the
-    compiler refuses one that needs more.
+    compiler refuses one that needs more. aliases: as in `gpu_call`.
     """
     options = {"grid_spec": grid_spec, "out_shape": out_shape, "name": name}
+    options["input_output_aliases"] = dict(aliases)
     if target().interpret is not None:
         races = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
         return pl.pallas_call(kernel, interpret=races, **options)(*operands)

@@ -51,6 +51,7 @@ class Op:
     swaps: pairs of inputs that a test exchanges, and must then see fail.
     error: distance of outputs from the reference's, given also inputs and options by parameter name.
     candidates: the settings that the tuner tries for a spec, one per implementation name.
+    platforms: those that have a kernel; on others the reference runs.
     """
 
     call: Callable[..., Any]
@@ -60,6 +61,7 @@ class Op:
         default=lambda out, expected, arrays: tolerance.error(out, expected)
     )
     candidates: Callable[[Spec], Sequence[Any]] = field(default=lambda spec: ())
+    platforms: tuple[str, ...] = ("gpu", "tpu")
 
     @property
     def name(self) -> str:

@@ -75,6 +75,7 @@ CASES |= {
     "chelsea+quest": kvjax.chain(
         make("chelsea", **settings("chelsea")), make("quest", budget=32, dense_layers=0)
     ),
+    "a2ats, host": make("a2ats", **settings("a2ats"), tier="host"),
     "quest+kivi8": kvjax.chain(make("quest", budget=32, dense_layers=0), make("kivi", bits=8)),
 }
 EVICTS = [name for name, m in CASES.items() if m.evicts]

@@ -10,12 +10,13 @@ those are read anyway.
     attend exactly, over the union of a KV head's query heads
 
 State: an int16 code per slot, 1/(2·D) of the bytes of K and V, and the layer's codebooks. Holds the
-whole cache: on the device it saves reads, not memory.
+whole cache: on the device it saves reads, not memory; on the host, both.
 
 Source: arXiv 2502.12665, and its released code: w 64, b 2,048, 8 sinks. Deviations: layers whose attention
 is flat are read in full. Codebooks: `kvjax.calibrate`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache, storage
+from kvjax import cache, storage, tiers
 from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
 from kvjax.calibrate.codebooks import Codebooks
@@ -56,6 +57,11 @@ class A2ATS(CacheMethod):
         window: newest tokens that are always read.
         n_sinks: first tokens that are always read.
         far: the distance b, in tokens, at which tokens are ranked.
+        tier: where K and V of layers that are not flat lie, "device" or "host".
+        hot: on the host, tokens of each KV head whose rows stay on the device from step to step: at least
+            what a step may read, 0 for none, None for twice what it may.
+        host_block: on the host, tokens that are brought together; a TPU brings 32 KiB, see `fetch_rows`.
+        host_bits: on the host, 8 for codes with a scale per row, None for rows as they are.
     """
 
     topk: int | float | None
@@ -63,6 +69,10 @@ class A2ATS(CacheMethod):
     window: int = 64
     n_sinks: int = 8
     far: int = 2048
+    tier: str = "device"
+    hot: int | None = None
+    host_block: int = 1
+    host_bits: int | None = None
     evicts: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -74,6 +84,11 @@ class A2ATS(CacheMethod):
         if self.window < 1 or self.n_sinks < 0:
             raise ValueError(
                 f"window is at least 1 and n_sinks at least 0, got {self.window=}, {self.n_sinks=}"
+            )
+        if self.tier not in ("device", "host") or self.host_bits not in (None, 8) or self.host_block < 1:
+            raise ValueError(
+                'K and V lie on the "device" or the "host", there as they are or in 8 bits, in blocks of 1 '
+                f"or more tokens, got {self.tier=}, {self.host_bits=}, {self.host_block=}"
             )
         if self.calibration.far != self.far:
             raise ValueError(
@@ -102,9 +117,11 @@ class A2ATS(CacheMethod):
         """Returns an empty state with the layer's codebooks.
 
         Raises:
-            ValueError: for codebooks of another shape, or more tokens to read than a head holds.
+            ValueError: for codebooks of another shape, more tokens to read than a head holds, or fewer
+                hot ones than a step may read.
         """
-        kv = cache.allocate(layer, batch, slots, dtype, rotated=self.rotated)
+        host = self._host(layer, slots) if self.tier == "host" and self.topk is not None else None
+        kv = cache.allocate(layer, batch, slots, dtype, rotated=self.rotated, host=host)
         if self.topk is None:
             return kv
         if isinstance(self.topk, int) and self.topk > max(slots):
@@ -151,6 +168,23 @@ class A2ATS(CacheMethod):
         padded = [jnp.pad(x, r, constant_values=-1) for x, r in zip(chosen, room, strict=True)]
         return Selection(idx=jnp.concatenate(padded, axis=1), block=1)
 
+    def _host(self, layer: Layer, slots: Sequence[int]) -> tiers.Host:
+        """Returns how a layer lies on the host."""
+        n_blocks = -(-max(slots) // self.host_block)
+        needed = min(max(self._limit(size, layer.group) for size in slots), n_blocks)
+        hot = 2 * needed if self.hot is None else self.hot // self.host_block
+        if self.hot and hot < needed:
+            raise ValueError(
+                f"hot tokens are 0, or at least what a step may read, {needed * self.host_block}, "
+                f"got {self.hot=}"
+            )
+        lines = min(max(hot, needed), n_blocks)
+        return tiers.Host(lines, self.host_block, self.host_bits, keep=hot > 0)
+
+    def _limit(self, size: int, group: int) -> int:
+        """Returns how many tokens a step reads at most, of a head of `size` slots."""
+        return min(group * min(self._count(size), size) + self.n_sinks + self.window, size)
+
     def _chosen(self, kv: KV, far: Float[Array, "B K G D"], run: cache.Run) -> Int[Array, "B n N"]:
         """Returns the slots that the heads of a run read, at most G·topk and what is always read.
 
@@ -171,8 +205,7 @@ class A2ATS(CacheMethod):
         wanted = jnp.minimum(self._count(kv.seen), most)[:, None] + always.sum(-1)  # [B n]
         filler = jnp.arange(k) < jnp.maximum(k - wanted, 0)[..., None]
         filler = jnp.broadcast_to(jnp.where(filler, jnp.inf, -jnp.inf)[:, :, None], (*score.shape[:3], k))
-        group = score.shape[2]
-        limit = min(group * most + n_always, run.size)
+        limit = self._limit(run.size, score.shape[2])
         idx = union_topk(jnp.concatenate([score, filler], axis=-1), k, limit=min(limit + k, run.size + k))
         return jnp.where(idx < run.size, idx, -1)[..., :limit]
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax import cache
-from kvjax.attend import attend
+from kvjax.attend import attend, held
 from kvjax.cache import KV
 from kvjax.method import CacheMethod
 from kvjax.models.config import ModelConfig
@@ -112,7 +112,8 @@ def _attend_layer(
     """Does all that touches a layer's state: writes, attends, and lets the method compress."""
     kv, idx = cache.append(kv, k, v, pos)
     kv = method.observe(kv, q, k, pos, idx)
-    out = attend(kv, q, pos, method.select(kv, q, pos))
+    kv, here, selection = held(kv, pos, method.select(kv, q, pos))
+    out = attend(here, q, pos, selection)
     return method.compress(kv, q, pos) if compress and method.due(kv) is None else kv, out
 
 

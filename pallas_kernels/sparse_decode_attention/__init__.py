@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.attention import AttentionForm, check_attention
 from pallas_kernels.backend import debug_check
+from pallas_kernels.host import on_host
 from pallas_kernels.sparse_decode_attention import gpu, reference, tpu
 
 __all__ = ["sparse_decode_attention"]
@@ -69,7 +69,7 @@ def sparse_decode_attention(
     if idx.ndim != 3 or idx.shape[:2] != q.shape[:2] or idx.shape[2] < 1:
         raise ValueError(f"idx lists one block or more per row and KV head, got {idx.shape=} for {q.shape=}")
     for name, x in (("q", q), ("mass", mass), ("idx", idx)):
-        if jax.typeof(x).memory_space == jax.memory.Space.Host:
+        if on_host(x):
             raise ValueError(f"only k and v may lie in host memory, got {name} there: put it on the device")
     n_blocks = jnp.asarray([-(-size // block) for size in form.slots], jnp.int32)
     debug_check(

@@ -16,6 +16,7 @@ from pallas_kernels import attention_gpu as shared
 from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.host import on_host
 from pallas_kernels.rows_gpu import load_rows, store_kind
 
 __all__ = ["Settings", "run"]
@@ -40,7 +41,7 @@ def run(q, k, v, mass, idx, *, form: AttentionForm, block: int):
     batch, n_heads, group, size = q.shape
     shared.check(q, k, v)
     n_slots = idx.shape[2] * block
-    host = any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves((k, v)))
+    host = on_host(k, v)
     chosen = tuning.settings(
         "sparse_decode_attention",
         Settings(programs=2112) if host else Settings(),  # the bus wants more loads under way than HBM

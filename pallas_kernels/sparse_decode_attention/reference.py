@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import AttentionForm, Codes, code_blocks, decode_codes, starts
+from pallas_kernels.host import take_rows
 
 __all__ = ["run"]
-
-_RUN = 32  # rows in a tile of the smallest type
 
 
 def run(q, k, v, mass, idx, *, form: AttentionForm, block: int):
@@ -39,24 +38,9 @@ def _rows(store, row, form: AttentionForm):
     """Returns the rows of a store at row [B K N P], as float32 [B K N P D]."""
     if isinstance(store, Codes):
         at = row if store.block is None else jnp.asarray(code_blocks(form.slots, store.block))[row]
-        scale, zero = _take(store.scale, at), _take(store.zero, at)
-        store = Codes(_take(store.codes, row), scale, zero, store.bits, None)  # a scale of its own per row
+        scale, zero = take_rows(store.scale, at), take_rows(store.zero, at)
+        store = Codes(
+            take_rows(store.codes, row), scale, zero, store.bits, None
+        )  # a scale of its own per row
         return decode_codes(store, form.slots)
-    return _take(store, row).astype(jnp.float32)
-
-
-def _take(x, at):
-    """Returns rows of x [B R E] at [B K N P], on the device."""
-    if jax.typeof(x).memory_space != jax.memory.Space.Host:
-        return jax.vmap(lambda rows, i: rows[i])(x, at)
-    # XLA gathers from no host array, but reads slices of one, along one axis and (on TPU) in whole tiles.
-    flat = x.reshape(-1, x.shape[2])
-    n = min(-(-at.shape[3] // _RUN) * _RUN + _RUN, len(flat))
-    at = at + jnp.arange(len(at))[:, None, None, None] * x.shape[1]
-
-    def read(_, rows):
-        first = jnp.minimum(rows[0] // _RUN * _RUN, len(flat) - n)
-        run = jax.lax.dynamic_slice(flat, (first, 0), (n, x.shape[2]))
-        return None, jax.device_put(run, jax.memory.Space.Device)[rows - first]
-
-    return jax.lax.scan(read, None, at.reshape(-1, at.shape[3]))[1].reshape(*at.shape, -1)
+    return take_rows(store, row).astype(jnp.float32)

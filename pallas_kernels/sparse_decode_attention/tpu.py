@@ -18,6 +18,7 @@ from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, code_blocks, decode_codes, starts
 from pallas_kernels.backend import pl, pltpu, tpu_call
 from pallas_kernels.decode_attention import tpu as dense
+from pallas_kernels.host import on_host
 
 __all__ = ["Settings", "run"]
 
@@ -41,7 +42,7 @@ def run(q, k, v, mass, idx, *, form: AttentionForm, block: int):
     Raises:
         NotImplementedError: for k or v in host memory, and what `decode_attention` does not take.
     """
-    if any(jax.typeof(x).memory_space == jax.memory.Space.Host for x in jax.tree.leaves((k, v))):
+    if on_host(k, v):
         raise NotImplementedError(
             "a kernel copies from host memory in pieces of 4 KiB, which blocks of rows are not; "
             "got k or v there: use impl='reference', which moves the chosen blocks, or the device"

@@ -140,7 +140,8 @@ def test_empty_slots_may_hold_nan(name, model_name):
         if not isinstance(kv.k, jax.Array):
             return kv  # codes hold no NaN
         empty = (kv.mass == 0)[..., None]
-        return kv.replace(k=jnp.where(empty, jnp.nan, kv.k), v=jnp.where(empty, jnp.nan, kv.v))
+        k, v = (jax.device_put(jnp.where(empty, jnp.nan, np.asarray(x)), x.sharding) for x in (kv.k, kv.v))
+        return kv.replace(k=k, v=v)
 
     assert any((kv.mass == 0).any() for kv in state)
     poisoned = tuple(poison(kv) for kv in jax.tree.map(jnp.copy, state))

@@ -1,0 +1,279 @@
+"""Keeps the rows of a layer in host memory, and on the device those that steps read.
+
+A program never writes to the host: it stages the rows of its new tokens on the device, and `flush`
+moves them between programs. `bring` copies the blocks that a step reads into lines on the device, but
+for those that lie there from earlier steps; attention reads lines alone, so what it computes does not
+depend on where rows were. Lines that were read longest ago make room, to within one step's blocks.
+
+Source: A²ATS (arXiv 2502.12665) keeps K and V on the host; there the CPU attends. The lines are ours.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from kvjax import storage
+from kvjax.shapes import Leaf
+from pallas_kernels import Codes, fetch_rows, select_topk, stow_rows
+from pallas_kernels.attention import decode_codes, starts
+from pallas_kernels.backend import debug_check
+from pallas_kernels.host import Blocks
+
+__all__ = [
+    "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "flush", "hit_rate", "place", "resize",
+    "stage", "whole",
+]  # fmt: skip
+
+STEPS = 64  # decode steps whose rows are staged before they are flushed
+
+
+@dataclass(frozen=True)
+class Host:
+    """How a layer lies on the host.
+
+    Args:
+        lines: of each head on the device; at least what a step reads.
+        block: slots that a line holds.
+        bits: 8 stores codes with a scale per row, None the rows as they are.
+        keep: whether lines outlive a step, so that the next one need not bring them again.
+    """
+
+    lines: int
+    block: int = 1
+    bits: int | None = None
+    keep: bool = True
+
+
+@struct.dataclass
+class Tier:
+    """What the device holds of the rows of one layer, [K] heads of C lines of P slots."""
+
+    k: Leaf  # [B Q D] lines of keys, Q = K·C·P
+    v: Leaf  # [B Q D] lines of values
+    new_k: Leaf  # [B K W D] staged keys
+    new_v: Leaf  # [B K W D] staged values
+    first: Leaf  # [B K] int32, slots that lie on the host; those from here on are staged
+    line: Leaf  # [B ΣN] int32, the line that holds each block, -1 = none
+    held: Leaf  # [B K C] int32, the block that each line holds, -1 = none
+    used: Leaf  # [B K C] int32, tokens seen when the line was read last, -1 = never
+    read: Leaf  # [B K] int32, blocks that steps read
+    missed: Leaf  # [B K] int32, those of them that crossed the bus
+    block: int = struct.field(pytree_node=False)  # slots per block, P
+    keep: bool = struct.field(pytree_node=False)  # lines outlive a step
+
+
+def empty(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host) -> Tier:
+    """Makes the device's part of a layer that holds nothing."""
+    n_heads, n_blocks = len(slots), sum(Blocks(slots, how.block).counts)
+    rows = lambda *shape: jnp.zeros((batch, *shape, head_dim), dtype)  # noqa: E731
+    number = lambda value, *shape: jnp.full((batch, *shape), value, jnp.int32)  # noqa: E731
+    return Tier(
+        k=rows(n_heads * how.lines * how.block), v=rows(n_heads * how.lines * how.block),
+        new_k=rows(n_heads, STEPS), new_v=rows(n_heads, STEPS), first=number(0, n_heads),
+        line=number(-1, n_blocks), held=number(-1, n_heads, how.lines), used=number(-1, n_heads, how.lines),
+        read=number(0, n_heads), missed=number(0, n_heads), block=how.block, keep=how.keep,
+    )  # fmt: skip
+
+
+def place(shape: Sequence[int], dtype: Any, how: Host) -> Any:
+    """Makes rows [B R D] in host memory: zeros, or codes whose scales lie on the device."""
+    rows = jnp.zeros(shape, dtype if how.bits is None else jnp.uint8)
+    rows = jax.device_put(rows, jax.memory.Space.Host)
+    if how.bits is None:
+        return rows
+    return Codes(rows, *(jnp.zeros((*shape[:2], 1), dtype) for _ in range(2)), how.bits, None)
+
+
+def stage(tier: Tier, slot: Int[Array, "B K T"], k: Array, v: Array) -> Tier:
+    """Stages new rows [B K T D] for their slots; a slot below `first` takes none.
+
+    Raises:
+        ValueError: for more tokens than there is room; in debug mode for those of several programs.
+    """
+    room = tier.new_k.shape[2]
+    if slot.shape[2] > room:
+        raise ValueError(f"new tokens are staged before they are flushed, got {slot.shape[2]} for {room=}")
+    at = slot - tier.first[..., None]
+    debug_check(lambda: jnp.all(at < room), "staged rows overflow: flush them before more steps")
+    at = jnp.where(at >= 0, at, room)
+    b, n = (jnp.arange(n) for n in at.shape[:2])
+    place = (b[:, None, None], n[:, None], at)
+    return tier.replace(
+        new_k=tier.new_k.at[place].set(k.astype(tier.new_k.dtype), mode="drop"),
+        new_v=tier.new_v.at[place].set(v.astype(tier.new_v.dtype), mode="drop"),
+    )
+
+
+def bring(
+    tier: Tier, far: tuple, idx: Int[Array, "B K N"], now: Int[Array, " B"], slots: tuple[int, ...]
+) -> tuple[Tier, Int[Array, "B K N"]]:
+    """Brings blocks into lines; returns the line of each.
+
+    Args:
+        far: keys and values on the host.
+        idx: blocks of each head, equal ones next to each other; -1 is none.
+        now: tokens seen, which grow from step to step.
+        slots: capacity of each head.
+
+    Raises:
+        ValueError: for more blocks than lines.
+    """
+    n_heads, lines = tier.held.shape[1:]
+    blocks = Blocks(slots, tier.block)
+    needed = min(idx.shape[2], max(blocks.counts))
+    if needed > lines:
+        raise ValueError(f"lines hold what a step reads, got {needed} blocks for {lines=}: have more")
+    if not tier.keep:
+        none = {name: jnp.full_like(getattr(tier, name), -1) for name in ("line", "held", "used")}
+        tier = tier.replace(**none)
+    row = starts(blocks.counts)[:-1, None]  # of each head in `line`
+    known = _at(tier.line, row, idx)
+    first = (idx >= 0) & (idx != jnp.pad(idx, ((0, 0), (0, 0), (1, 0)), constant_values=-1)[..., :-1])
+    new = first & (known < 0)
+    b, k = jnp.arange(len(idx))[:, None, None], jnp.arange(n_heads)[:, None]
+    used = tier.used.at[b, k, jnp.where(known >= 0, known, lines)].set(now[:, None, None], mode="drop")
+    line = jnp.where(new, _oldest(used, now, new), known)
+    place = (b, k, jnp.where(new, line, lines))
+    lost = jnp.take_along_axis(tier.held, jnp.maximum(line, 0), axis=2)  # what the new ones replace
+    nowhere = tier.line.shape[1]
+    index = tier.line.at[b, jnp.where(new & (lost >= 0), row + lost, nowhere)].set(-1, mode="drop")
+    index = index.at[b, jnp.where(new, row + idx, nowhere)].set(line, mode="drop")
+    partly = (idx + 1) * tier.block > tier.first[..., None]  # rows of it are staged, and may be newer
+    copied = jnp.where(new | (first & partly), idx, -1)
+    crossed = jnp.sum(new & (idx * tier.block < tier.first[..., None]), -1, dtype=jnp.int32)
+    tier = tier.replace(
+        k=fetch_rows(tier.k, far[0], tier.new_k, copied, line, tier.first, blocks=blocks),
+        v=fetch_rows(tier.v, far[1], tier.new_v, copied, line, tier.first, blocks=blocks),
+        line=index,
+        held=tier.held.at[place].set(idx, mode="drop"),
+        used=used.at[place].set(now[:, None, None], mode="drop"),
+        read=tier.read + first.sum(-1, dtype=jnp.int32),
+        missed=tier.missed + crossed,
+    )
+    return tier, _at(index, row, idx)
+
+
+def _at(index: Int[Array, "B M"], row: Any, idx: Int[Array, "B K N"]) -> Int[Array, "B K N"]:
+    """Looks blocks up; -1 for none, and for those that no line holds."""
+    found = jnp.take_along_axis(index, jnp.maximum(row + idx, 0).reshape(len(idx), -1), axis=1)
+    return jnp.where(idx >= 0, found.reshape(idx.shape), -1)
+
+
+def _oldest(used: Int[Array, "B K C"], now: Int[Array, " B"], new: Array) -> Int[Array, "B K N"]:
+    """Returns a line for each new block: of the N read longest ago, none of this step."""
+    age = jnp.where(used == now[:, None, None], -jnp.inf, (now[:, None, None] - used).astype(jnp.float32))
+    oldest = select_topk(age, min(new.shape[2], used.shape[2]))
+    rank = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, oldest.shape[2] - 1)
+    return jnp.where(new, jnp.take_along_axis(oldest, rank, axis=2), -1)
+
+
+def whole(tier: Tier, far: tuple, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ...]:
+    """Returns all keys and values on the device; for a prompt, which reads them once."""
+    slot = tier.first[..., None] + jnp.arange(tier.new_k.shape[2])
+    row = jnp.where(slot < jnp.asarray(slots)[:, None], starts(slots)[:-1, None] + slot, sum(slots))
+    b = jnp.arange(len(slot))[:, None, None]
+    rows = []
+    for store, new in zip(far, (tier.new_k, tier.new_v), strict=True):
+        here = jax.device_put(store, jax.memory.Space.Device)
+        here = decode_codes(here, slots).astype(new.dtype)
+        rows.append(here.at[b, row].set(new, mode="drop"))
+    return tuple(rows)
+
+
+def flush(tier: Tier, far: tuple, end: Int[Array, "B K"], slots: tuple[int, ...]) -> tuple[Tier, tuple]:
+    """Moves staged rows to the host.
+
+    Args:
+        end: slots in use of each head.
+    """
+    moved = tuple(
+        _written(tier, store, new, end, slots)
+        for store, new in zip(far, (tier.new_k, tier.new_v), strict=True)
+    )
+    return (tier if tier.block == 1 else _sealed(tier, slots)).replace(first=end), moved
+
+
+def resize(tier: Tier, room: int) -> Tier:
+    """Returns a tier that was flushed, with room to stage so many tokens."""
+    batch, n_heads, now, size = tier.new_k.shape
+    if now == room:
+        return tier
+    new_k, new_v = (jnp.zeros((batch, n_heads, room, size), tier.new_k.dtype) for _ in range(2))
+    return tier.replace(new_k=new_k, new_v=new_v)
+
+
+def _written(tier: Tier, far: Any, new: Array, end: Array, slots: tuple[int, ...]) -> Any:
+    """Returns the host's rows with the staged ones."""
+    if not isinstance(far, Codes):
+        return stow_rows(far, new, tier.first, end, slots=slots)
+    old, codes = (far.codes, far.scale, far.zero), storage.encode(new, far.bits, axis=-1)
+    parts = (stow_rows(x, y, tier.first, end, slots=slots) for x, y in zip(old, codes, strict=True))
+    return Codes(*parts, far.bits, far.block)
+
+
+def _sealed(tier: Tier, slots: tuple[int, ...]) -> Tier:
+    """Returns a tier without the blocks that were copied when only part of their rows was there."""
+    part = tier.first // tier.block
+    counts = Blocks(slots, tier.block).counts
+    block = np.concatenate([np.arange(n) for n in counts])
+    head = np.repeat(np.arange(len(slots)), counts)
+    stale = tier.held >= part[..., None]
+    return tier.replace(
+        line=jnp.where(block >= part[:, head], -1, tier.line),
+        held=jnp.where(stale, -1, tier.held),
+        used=jnp.where(stale, -1, tier.used),
+    )
+
+
+def hit_rate(state: Sequence[Any]) -> float:
+    """Returns the share of the blocks read that lay on the device, over layers with a tier; NaN for none."""
+    tiers = [kv.tier for kv in state if kv.tier is not None]
+    read, missed = (
+        sum(np.asarray(getattr(t, name), np.float64).sum() for t in tiers) for name in ("read", "missed")
+    )
+    return 1 - missed / read if read else math.nan
+
+
+def check_memory(state: Any) -> None:
+    """Raises MemoryError where the host has less free memory than states will take, if it says how much.
+
+    state: shapes of the layers.
+    """
+    stores = [store for kv in state if kv.tier is not None for store in (kv.k, kv.v)]
+    rows = [store.codes if isinstance(store, Codes) else store for store in stores]
+    needed, free = sum(x.size * x.dtype.itemsize for x in rows), _free()
+    if free is not None and needed > free:
+        raise MemoryError(
+            f"K and V fit into host memory, got {needed / 2**30:.1f} GiB for {free / 2**30:.1f} GiB that are "
+            "free: take fewer rows, a shorter context, or codes of 8 bits"
+        )
+
+
+def _free() -> int | None:
+    """Returns the bytes that this process may still take, of the machine or of its control group."""
+    found = [
+        int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")
+    ]
+    limit, held = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit and held and limit[0].isdecimal():
+        found.append(int(limit[0]) - int(held[0]))
+    if jax.default_backend() == "gpu":  # what XLA pins at most
+        found.append(int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "64")) << 30)
+    return min(found, default=None)
+
+
+def _lines(path: str) -> list[str]:
+    """Returns the lines of a file, none where there is no such file."""
+    try:
+        return Path(path).read_text(encoding="ascii").split("\n")
+    except OSError:
+        return []

@@ -1,0 +1,86 @@
+"""Copies chosen rows of a cache, which may lie in host memory, into lines on the device."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.attention import Codes
+from pallas_kernels.backend import debug_check
+from pallas_kernels.fetch_rows import gpu, reference, tpu
+from pallas_kernels.host import Blocks, on_host
+
+__all__ = ["fetch_rows"]
+
+
+def fetch_rows(
+    near: Float[Array, "B Q D"],
+    far: Any,
+    staged: Float[Array, "B K W D"],
+    idx: Int[Array, "B K N"],
+    line: Int[Array, "B K N"],
+    first: Int[Array, "B K"],
+    *,
+    blocks: Blocks,
+    impl: str | None = None,
+) -> Float[Array, "B Q D"]:
+    """Returns `near` with line[b, k, n] of head k holding the rows of its block idx[b, k, n].
+
+    Block i of a head is its slots i·P to i·P+P-1, and line l the rows l·P to l·P+P-1 of the head's Q/K.
+    Slots from first[b, k] on are not in `far` yet: slot first + j is row j of `staged`. Rows beyond the
+    head's capacity or the staged ones stay as they were.
+
+    `far` may lie in pinned host memory, as for `sparse_decode_attention`; then the named rows cross the
+    bus and no others. All else lies on the device.
+
+    Args:
+        near: lines of all heads, one head after the other; donate it, and it is written in place.
+        far: rows [B R D] of near's type, or `Codes` of 8 bits with a scale per row. R = Σ slots.
+        staged: the newest rows of each head.
+        idx: blocks to copy, counted from the head's first slot; -1 copies nothing.
+        line: where to; -1 copies nothing. No line is named twice.
+        first: the first slot that is staged.
+        blocks: capacity of each KV head and slots per block, P; 1 copies single slots.
+        impl: None, "reference", "gpu" or "tpu", see `dispatch`.
+
+    Raises:
+        ValueError: for shapes that disagree, or anything but `far` in host memory; in debug mode for an
+            index of no block or line.
+        NotImplementedError: for a type, head size or block without a kernel, where impl names one.
+
+    Source: the host tier of A²ATS (arXiv 2502.12665) and LeoAM (arXiv 2506.20187).
+
+    Cost: reads and writes B·K·N·P·D elements at most, across the bus what is not staged.
+
+    Example:
+        >>> far = jnp.arange(6.0).reshape(1, 6, 1)
+        >>> idx, line = jnp.asarray([[[4, 1]]]), jnp.asarray([[[0, 2]]])
+        >>> staged, first = jnp.full((1, 1, 2, 1), 9.0), jnp.asarray([[4]])
+        >>> fetch_rows(-jnp.ones((1, 3, 1)), far, staged, idx, line, first, blocks=Blocks((6,)))[0, :, 0]
+        Array([ 9., -1.,  1.], dtype=float32)
+    """
+    slots, block, (batch, n_rows, size) = blocks.slots, blocks.size, near.shape
+    codes = far.codes if isinstance(far, Codes) else far
+    if codes.shape != (batch, sum(slots), size) or n_rows % (len(slots) * block):
+        raise ValueError(
+            f"near holds whole lines of every head and far a row per slot, got {near.shape=} and "
+            f"{codes.shape} for {blocks=}"
+        )
+    if isinstance(far, Codes) and (far.bits, far.block) != (8, None):
+        raise ValueError(f"codes have 8 bits and a scale per row, got {far.bits=}, {far.block=}")
+    heads = (batch, len(slots))
+    if staged.shape[:2] + staged.shape[3:] != (*heads, size) or staged.dtype != near.dtype:
+        raise ValueError(f"staged rows are [B K W D] of near's type, got {staged.shape} {staged.dtype}")
+    if idx.shape != line.shape or idx.ndim != 3 or idx.shape[:2] != heads or first.shape != heads:
+        raise ValueError(
+            f"each head has a list of blocks, as many lines and a first staged slot, got {idx.shape=}, "
+            f"{line.shape=} and {first.shape=}"
+        )
+    if on_host(near, staged, idx, line, first):
+        raise ValueError("only far may lie in host memory: put the rest on the device")
+    lines = n_rows // (len(slots) * block)
+    debug_check(lambda: jnp.all((line >= -1) & (line < lines)), "a line is one of its head's, or -1 for none")
+    impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
+    at = tuple(x.astype("int32") for x in (idx, line, first))
+    return dispatch.run("fetch_rows", impl, impls, near, far, staged, *at, blocks=blocks)

@@ -1,0 +1,77 @@
+"""Row copies in Pallas Triton: a program copies a tile of one head's list, by pointers.
+
+Loads from pinned host memory cross the bus: all of a tile's are under way at once, and a program
+waits for nothing else, so that many programs keep the bus busy.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import starts
+from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.host import Blocks
+from pallas_kernels.rows_gpu import decode_rows, lanes, load_rows
+
+__all__ = ["run"]
+
+_TILE = 32
+
+
+def run(near, far, staged, idx, line, first, *, blocks: Blocks):
+    """Returns what `reference.run` returns.
+
+    Raises:
+        NotImplementedError: for types that the kernel does not take.
+    """
+    if near.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the kernel takes float32, bfloat16 and float16, got {near.dtype}")
+    (batch, n_heads, n), slots = idx.shape, blocks.slots
+    heads = jnp.asarray(np.stack([starts(slots)[:-1], slots], axis=1), jnp.int32)
+    return gpu_call(
+        functools.partial(_copy, block=blocks.size),
+        near, far, staged, idx, line, first, heads,
+        grid=(batch, n_heads, pl.cdiv(n * blocks.size, _TILE)),
+        out_shape=jax.ShapeDtypeStruct(near.shape, near.dtype), aliases={0: 0}, name="fetch_rows",
+    )  # fmt: skip
+
+
+def _copy(
+    _,  # [B Q D] near, which is out
+    far_ref,  # [B R D], or codes; in device or pinned host memory
+    staged_ref,  # [B K W D]
+    idx_ref,  # [B K N]
+    line_ref,  # [B K N]
+    first_ref,  # [B K]
+    heads_ref,  # [K 2] first packed row and capacity
+    out_ref,  # [B Q D]
+    *,
+    block: int,  # P
+):
+    """Copies one tile of one head's list."""
+    batch, head = program_id(0), program_id(1)
+    at = program_id(2) * _TILE + jnp.arange(_TILE)
+    n, inside = jax.lax.div(at, block), jax.lax.rem(at, block)
+
+    def listed(ref):
+        return triton.load(ref.at[batch, head, n], mask=n < idx_ref.shape[2], other=-1)
+
+    chosen, line = listed(idx_ref), listed(line_ref)
+    slot = chosen * block + inside
+    late = slot - first_ref[batch, head]
+    alive = (chosen >= 0) & (line >= 0) & (slot < heads_ref[head, 1]) & (late < staged_ref.shape[2])
+    old = alive & (late < 0)
+    row = jnp.where(old, heads_ref[head, 0] + slot, 0)
+    (rows,) = decode_rows(far_ref, load_rows(far_ref, (batch, row, head), old), None, out_ref.dtype)
+    channel = jnp.arange(lanes(out_ref.shape[2]))
+    fits = (channel < out_ref.shape[2])[None, :]
+    new = alive & (late >= 0)
+    place = staged_ref.at[batch, head, jnp.where(new, late, 0)[:, None], channel[None, :]]
+    staged = triton.load(place, mask=new[:, None] & fits, other=0)
+    per_head = out_ref.shape[1] // idx_ref.shape[1]
+    # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
+    to = jnp.where(alive, head * per_head + line * block + inside, out_ref.shape[1])
+    rows = jnp.where(new[:, None], staged, rows.astype(out_ref.dtype))
+    triton.store(out_ref.at[batch, to[:, None], channel[None, :]], rows, mask=alive[:, None] & fits)
