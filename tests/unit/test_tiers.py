@@ -39,7 +39,7 @@ def on_device():
     return decoded(a2ats())
 
 
-@pytest.mark.parametrize("how", [{}, {"hot": 0}, {"host_block": 4, "hot": 40}, {"topk": 1.0}])
+@pytest.mark.parametrize("how", [{}, {"hot": 0}, {"host_block": 4, "hot": 150}, {"topk": 1.0}])
 def test_the_host_gives_the_bits_of_the_device(how, on_device):
     of_device = decoded(a2ats(topk=1.0)) if "topk" in how else on_device
     _, kept, state = decoded(a2ats(tier="host", **how))
