@@ -21,7 +21,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path, share: str, label: str) 
             colour = canvas.COLOURS[i % len(canvas.COLOURS)]
             axes.plot(*zip(*line, strict=True), color=colour, marker="o", label=name)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")
         canvas.percent(axes, [x for x, _ in next(iter(lines.values()), ())])
         axes.set_xlabel(label)
         axes.set_ylabel("KL to the full cache, nats per token")

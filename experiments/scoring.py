@@ -174,6 +174,8 @@ class Texts:
     def novel(self) -> Answers:
         """Keys in a text that the full cache finds, the first so many of three times as many."""
         n, right = self.settings.novel_keys, []
+        if not n:
+            return Answers.of(self.model, [], [])
         contexts, keys = hidden_keys(self.model, *self._keys(3 * n), self.settings.texts[0])
         for part in (slice(start, start + n) for start in range(0, len(keys), n)):
             right += Answers.of(self.model, contexts[part], keys[part]).right(Full())[0]
