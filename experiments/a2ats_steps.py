@@ -82,6 +82,7 @@ def _floors(model: Model, state: State, rates: tuple[float, float], counts: list
         "hit_rate": 1 - missed / read if read else None, "device_floor_us": device / rates[0] * 1e6,
         "bus_floor_us": crossed / rates[1] * 1e6, "copy_gb_per_s": rates[0] / 1e9,
         "bus_gb_per_s": rates[1] / 1e9, "state_bytes": measure.nbytes(state),
+        "host_bytes": measure.host_bytes(state),
     }  # fmt: skip
 
 
