@@ -95,6 +95,8 @@ def _cudnn(q, k, v, when, mass, pos, *, layer: Layer):
         )
     if layer.softcap is not None:
         raise NotImplementedError(f"cuDNN has no soft cap, got {layer.softcap=}")
+    # What is visible, all T·S of it, waits for the queries: else XLA makes it of all layers before the first.
+    q, when, mass, pos = jax.lax.optimization_barrier((q, when, mass, pos))
     seen = _visible(when, mass, pos, layer)
     lowest = float(jnp.finfo(q.dtype).min) / 2  # a sum with a logit stays finite
     bias = jnp.where(seen, _log(mass)[:, :, None], lowest).astype(q.dtype)

@@ -183,6 +183,8 @@ def whole(tier: Tier, far: tuple, slots: tuple[int, ...]) -> tuple[Float[Array, 
     b = jnp.arange(len(slot))[:, None, None]
     rows = []
     for store, new in zip(far, (tier.new_k, tier.new_v), strict=True):
+        # After this layer's rows are known, and not for all layers when the program begins.
+        store, _ = jax.lax.optimization_barrier((store, new))
         here = jax.device_put(store, jax.memory.Space.Device)
         here = decode_codes(here, slots).astype(new.dtype)
         rows.append(here.at[b, row].set(new, mode="drop"))

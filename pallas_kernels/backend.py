@@ -24,6 +24,7 @@ __all__ = [
     "Target",
     "aim",
     "checked",
+    "compile_only",
     "debug_check",
     "gpu_call",
     "in_hbm",
@@ -168,6 +169,18 @@ def races() -> bool:
     state = interpret_pallas_call.races
     pltpu.reset_tpu_interpret_mode_state()
     return state is not None and state.races_found
+
+
+def compile_only(module: Any, device: Any) -> Any:
+    """Compiles a module for a described device as it is: JAX would give it that device's memory kinds."""
+    from jax._src.lib import xla_client  # jax.extend has no client of described devices
+
+    with module.context:
+        return device.client.compile(
+            module,
+            executable_devices=xla_client.DeviceList((device,)),
+            compile_options=xla_client.CompileOptions(),
+        )
 
 
 def jax_decode_attention() -> Callable[..., jax.Array]:

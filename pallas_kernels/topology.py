@@ -96,6 +96,14 @@ class Described:
         with backend.aim(backend.Target(self.platform, self.kind)), self._lowering():
             yield
 
+    def compile(self, traced: Any) -> Any:
+        """Compiles for a described GPU what was traced in `compiling` with arrays of this machine.
+
+        So memory kinds are kept, which described GPUs have none of. Returns XLA's executable.
+        """
+        lowered = traced.lower(lowering_platforms=("cuda",))
+        return backend.compile_only(lowered.compiler_ir("stablehlo"), self._topology().devices[0])
+
     def _lowering(self) -> contextlib.AbstractContextManager:
         """From JAX 0.12, Pallas asks the abstract mesh which GPU it lowers for."""
         if self.platform == "tpu" or not hasattr(jax.sharding, "AbstractDevice"):

@@ -36,14 +36,14 @@ def shapes(batch, length, n_heads, group, size, n_slots, dtype) -> tuple:
     return q, rows, rows, s(slots, jnp.int32), s(slots, jnp.float32), pos
 
 
-def whole_prompt(at: Described) -> str:
+def whole_prompt(at: Described, n_layers: int = 1) -> jax.stages.Compiled:
     """The program that reads a chunk of a prompt: what is written to the cache is also read by XLA."""
-    model = decode_model.abstract("tiny", decode_model.config_of("tiny", 1))
-    state = jax.eval_shape(lambda: loop.init_state(model, Full(), 1, 256))
-    ids = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    model = decode_model.abstract("tiny", decode_model.config_of("tiny", n_layers))
+    state = jax.eval_shape(lambda: loop.init_state(model, Full(), 1, 1024))
+    ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     params, ids, state = at.spread((model.params, ids, state))
     program = loop.Program.of(model, Full())
-    return loop._read.lower(params, ids, ids, state, program=program).compile().as_text()
+    return loop._read.lower(params, ids, ids, state, program=program).compile()
 
 
 def attention(at: Described, sizes: tuple, dtype=jnp.bfloat16, **options) -> str:
@@ -57,9 +57,15 @@ def main(device: str) -> None:
     at = Described(device)
     for name in ("whole prompt", *CASES):
         with at.compiling(), dispatch.watch() as taken:
-            text = attention(at, CASES[name][0], **CASES[name][1]) if name in CASES else whole_prompt(at)
+            whole = None if name in CASES else whole_prompt(at)
+            text = whole.as_text() if whole else attention(at, CASES[name][0], **CASES[name][1])
         kernels = [call for call in ("__cudnn$fmha", "tpu_custom_call") if call in text]
-        print(json.dumps({"name": name, "kernels": kernels} | taken), flush=True)
+        found = {"name": name, "kernels": kernels} | taken
+        if whole:  # what another layer takes beside its own state
+            with at.compiling():
+                sizes = [whole_prompt(at, n).memory_analysis().temp_size_in_bytes for n in (2, 5)]
+            found["temp_bytes_a_layer"] = (sizes[1] - sizes[0]) / 3
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

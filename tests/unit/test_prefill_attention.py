@@ -156,3 +156,5 @@ def test_the_library_is_in_the_compiled_program(device):
     for name, line in found.items():
         assert line["prefill_attention"] == taken.get(name, "reference")
         assert line["kernels"] == ([kernel] if name in taken else [])
+    bias = 8 * 256 * 1024 * 2  # bytes of one layer's; all at once, a prompt of 8B took gigabytes of them
+    assert found["whole prompt"]["temp_bytes_a_layer"] < bias / 4

@@ -1,5 +1,11 @@
 """Rows in host memory: lines against a plain model of them, equality with the device, and what is refused."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +21,9 @@ from kvjax.methods import per_layer
 from kvjax.methods.a2ats import A2ATS
 from kvjax.models.config import RopeConfig
 from kvjax.sampling import Sampling
+from pallas_kernels.topology import environment
 
+TESTS = Path(__file__).parents[1]
 MODEL = MODELS["G2"]
 BOOKS = codebooks(MODEL)
 STEPS = tiers.STEPS + 9  # two programs
@@ -163,6 +171,35 @@ def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block
                     np.testing.assert_array_equal(lies[0, here : here + rows], store[0, first : first + rows])
     assert int(tier.missed.sum()) == missed
     assert len({b for b in np.asarray(tier.held)[0, 0] if b >= 0}) == (np.asarray(tier.held)[0, 0] >= 0).sum()
+
+
+@pytest.fixture(scope="module")
+def for_h100():
+    """What XLA makes of each program for an H100, with the host's arrays as parameters."""
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, Path(sys.prefix) / "compilers")))
+    run = subprocess.run(
+        [sys.executable, TESTS / "host_child.py"], env=os.environ | environment() | {"PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {(line["name"], line["bits"]): line for line in lines}
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_programs_for_a_gpu_write_to_the_host_in_place_and_copy_little_of_it(for_h100, bits):
+    flush, decode, read = (for_h100[name, bits] for name in ("flush", "decode", "read"))
+    one = 8 * 2048 * 128 * 2 * (2 if bits is None else 1)  # bytes of a layer's keys on the host
+    assert {"fetch_rows", "sparse_decode_attention"} <= decode["taken"].keys()
+    for line, n_layers in ((flush, 1), (decode, 6), (read, 6)):
+        assert set(line["taken"].values()) <= {"gpu"}
+        for kind in ("argument", "output", "alias"):
+            assert line[f"host_{kind}_size_in_bytes"] == 2 * n_layers * one
+        assert line["host_temp_size_in_bytes"] == 0
+    assert flush["host_copies"] == decode["host_copies"] == 0  # rows cross the bus inside kernels
+    assert read["host_copies"] == 2 * 6
+    layer = 2 * 2 * 8 * 2048 * 128 * 2  # bytes of one layer on the device
+    assert read["temp_size_in_bytes"] < 1.5 * 6 * layer  # a prompt reads layer by layer: all at once, 2.6
 
 
 def test_a_step_that_reads_more_than_the_lines_is_refused():
