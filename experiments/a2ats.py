@@ -1,7 +1,8 @@
-"""A²ATS on real models: how well it ranks tokens, and what it loses.
+"""A²ATS on real models: how well it ranks tokens, what it loses, and how often steps read the same.
 
 usage: python -m experiments.a2ats recall     the true top tokens that each way to rank finds
        python -m experiments.a2ats quality    against Quest and SnapKV, which read as many bytes a step
+       python -m experiments.a2ats hits       rows that lie on the device from earlier steps, by how many may
 
 Each stores its rows; the same command goes on from there, and prints them again.
 """
@@ -10,12 +11,15 @@ import sys
 from collections.abc import Sequence
 
 from experiments import command
+from experiments.a2ats_hits import Hits, hits
 from experiments.a2ats_quality import Quality, quality
 from experiments.a2ats_recall import Recall, recall
 
 __all__ = ["main"]
 
-_COMMANDS: command.Commands = {"recall": (Recall, recall), "quality": (Quality, quality)}
+_COMMANDS: command.Commands = {
+    "recall": (Recall, recall), "quality": (Quality, quality), "hits": (Hits, hits),
+}  # fmt: skip
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
