@@ -3,6 +3,7 @@
 usage: python -m experiments.a2ats recall     the true top tokens that each way to rank finds
        python -m experiments.a2ats quality    against Quest and SnapKV, which read as many bytes a step
        python -m experiments.a2ats speed      K and V on the host against the full cache on the device
+       python -m experiments.a2ats hits       rows that lie on the device from earlier steps, by how many may
 
 Each stores its rows; the same command goes on from there, and prints them again.
 """
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments import command
+from experiments.a2ats_hits import Hits, hits
 from experiments.a2ats_quality import Quality, quality
 from experiments.a2ats_recall import Recall, recall
 from experiments.a2ats_speed import Speed, speed
@@ -19,6 +21,7 @@ __all__ = ["main"]
 
 _COMMANDS: command.Commands = {
     "recall": (Recall, recall), "quality": (Quality, quality), "speed": (Speed, speed),
+    "hits": (Hits, hits),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Times A²ATS with K and V on the host against the full cache on the device, in one run.
 
     throughput   tokens per second of the largest batches that each can hold
+    small        the same for one row, which the device holds easily
     split        what a step of the host tier takes: weights, ranking, bringing rows, attention
     context      a step of one row with the longest context
     prefill      the device's memory while a prompt is read into the host; in a process of its own
@@ -44,6 +45,7 @@ class Speed:
     Args:
         parts: which to run now; a later run of the same command adds others to the same file.
         cases: of the full cache, with the largest batch that it can hold.
+        small: of both, with as many rows.
         bits: of rows on the host: 16 as they are, 8 as codes.
         context: of the longest context, on the host.
         prompt: of the prompt that is read.
@@ -59,8 +61,9 @@ class Speed:
         out: the folder of results.
     """
 
-    parts: tuple[str, ...] = ("throughput", "split", "context")
+    parts: tuple[str, ...] = ("throughput", "small", "split", "context")
     cases: tuple[str, ...] = tuple(f"llama-3.1-8b:{b}x{n * 1024}" for b, n in ((14, 32), (7, 64), (3, 128)))
+    small: str = "llama-3.1-8b:1x32768"
     bits: tuple[int, ...] = (16, 8)
     context: str = "llama-3.1-8b:1x524288"
     prompt: str = "llama-3.1-8b:1x131072"
@@ -86,7 +89,7 @@ def speed(settings: Speed) -> int:
         raise ValueError(f"a part is one of {', '.join(_PARTS)}, got {', '.join(unknown)}")
     if not set(settings.bits) <= {8, 16}:
         raise ValueError(f"rows on the host have 16 or 8 bits, got {settings.bits=}")
-    for word in (*settings.cases, settings.context, settings.prompt):
+    for word in (*settings.cases, settings.small, settings.context, settings.prompt):
         case_of(word)  # a wrong one is told before anything is measured
     # Before JAX starts: what XLA pins of the host's memory at most, 64 unless told.
     os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(int(settings.host_gib) + 8))
@@ -115,6 +118,14 @@ def _throughput(settings: Speed, stored: Results) -> Results:
             kilo = case.tokens // 1024
             stored = stored.claim({f"a2ats.throughput_speedup_{kilo}k_{bits}bit": ratio})
     return stored.claim({"a2ats.throughput_speedup": best})
+
+
+def _small(settings: Speed, stored: Results) -> Results:
+    """Compares steps of few rows."""
+    case = case_of(settings.small)
+    stored, full = _timed_once(settings, stored, case, "full")
+    stored, row = _timed_once(settings, stored, case, f"host, {settings.bits[0]} bits")
+    return stored.claim({f"a2ats.step_speedup_{case.label}": full["step_us"] / row["step_us"]})
 
 
 def _split(settings: Speed, stored: Results) -> Results:
@@ -226,5 +237,5 @@ def _timed_once(settings: Speed, stored: Results, case: Case, name: str) -> tupl
 
 
 _PARTS: Mapping[str, Callable[[Speed, Results], Results]] = {
-    "throughput": _throughput, "split": _split, "context": _context, "prefill": _prefill,
+    "throughput": _throughput, "small": _small, "split": _split, "context": _context, "prefill": _prefill,
 }  # fmt: skip

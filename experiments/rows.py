@@ -9,7 +9,11 @@ from experiments.results import Results
 
 __all__ = ["claims", "measured", "start"]
 
-_FIGURES = ("kl", "top1", "perplexity", "passkey_filler", "passkey_novel", "read")
+_FIGURES = (
+    "kl", "top1", "perplexity", "passkey_filler", "passkey_novel", "read", "step_tokens", "union", "lines",
+    "share_held", "hit_rate", "hit_rate_tier", "hit_rate_ranked", "brought",
+    "brought_tier",
+)  # fmt: skip
 _LONG = ("spec", "calibration")  # settings that are not printed
 
 

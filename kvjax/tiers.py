@@ -3,7 +3,7 @@
 A program never writes to the host: it stages the rows of its new tokens on the device, and `flush`
 moves them between programs. `bring` copies the blocks that a step reads into lines on the device, but
 for those that lie there from earlier steps; attention reads lines alone, so what it computes does not
-depend on where rows were. Lines that were read longest ago make room, to within one step's blocks.
+depend on where rows were. The lines that were read longest ago make room.
 
 Source: A²ATS (arXiv 2502.12665) keeps K and V on the host; there the CPU attends. The lines are ours.
 """
@@ -169,10 +169,13 @@ def _at(index: Int[Array, "B M"], row: Any, idx: Int[Array, "B K N"]) -> Int[Arr
 
 
 def _oldest(used: Int[Array, "B K C"], now: Int[Array, " B"], new: Array) -> Int[Array, "B K N"]:
-    """Returns a line for each new block: of the N read longest ago, none of this step."""
+    """Returns a line for each new block: those read longest ago, of equals the first, none of this step."""
     age = jnp.where(used == now[:, None, None], -jnp.inf, (now[:, None, None] - used).astype(jnp.float32))
-    oldest = select_topk(age, min(new.shape[2], used.shape[2]))
-    rank = jnp.clip(jnp.cumsum(new, axis=-1) - 1, 0, oldest.shape[2] - 1)
+    # As many as there are new blocks: what is chosen beyond that lies after the last line.
+    n = new.shape[2]
+    beyond = jnp.arange(n) < n - new.sum(-1, keepdims=True)
+    oldest = select_topk(jnp.concatenate([age, jnp.where(beyond, jnp.inf, -jnp.inf)], axis=-1), n)
+    rank = jnp.maximum(jnp.cumsum(new, axis=-1) - 1, 0)
     return jnp.where(new, jnp.take_along_axis(oldest, rank, axis=2), -1)
 
 

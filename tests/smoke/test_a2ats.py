@@ -7,7 +7,7 @@ import pytest
 from method_cases import codebooks as random_codebooks
 
 import kvjax
-from experiments import a2ats, a2ats_quality, a2ats_recall, results, scoring
+from experiments import a2ats, a2ats_hits, a2ats_quality, a2ats_recall, results, scoring
 from kvjax import text
 from kvjax.calibrate import codebooks
 from kvjax.methods.a2ats import A2ATS
@@ -142,3 +142,76 @@ def test_another_calibration_is_another_row(calibrated):
 def test_what_cannot_be_compared_is_refused(more, code, message, tmp_path, calibrated, capsys):
     assert quality(tmp_path, *more) == code
     assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+HITS = [
+    "--docs", "2", "--context", "200", "--rest", "80", "--ratios", "0.03", "0.1", "--hot", "0", "1.1", "4",
+    "--block", "4",
+]  # fmt: skip
+
+
+def hits(tmp_path, *more: str) -> int:
+    folders = ["--calibration", str(tmp_path / "books"), "--out", str(tmp_path)]
+    return a2ats.main(["hits", *HITS, *folders, *more])
+
+
+def test_lines_are_simulated_once(tmp_path, monkeypatch, calibrated):
+    assert hits(tmp_path) == 0
+    (path,) = (tmp_path / "a2ats_hits").glob("*.json")
+    data = results.load(path)
+    rows = {(row["ratio"], row.get("block"), row.get("hot")): row for row in data["rows"]}
+    each = [(None, None), *((block, hot) for block in (1, 4) for hot in (0, 1.1, 4))]
+    assert list(rows) == [(ratio, *one) for ratio in (0.03, 0.1) for one in each]
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    for ratio, n in ((0.03, 8), (0.1, 27)):  # of 264 to 280 tokens
+        read = rows[ratio, None, None]
+        always = 8 + 16  # sinks and window
+        assert read["layers"] == [2]  # the others have a window, or are read in full
+        assert read["step_tokens"] == read["step_tokens_layers"][0] > always + n - 1
+        assert 0.95 < read["union"] < 2
+        assert abs((read["step_tokens"] - always) / read["union"] - n) < 1
+        none, some, many = (rows[ratio, 1, hot] for hot in (0, 1.1, 4))
+        assert none["brought"] == pytest.approx(read["step_tokens"] * (1 - none["hit_rate"]))
+        assert none["brought_bytes"] == none["brought"] * 2 * 2 * 8 * 4  # heads, K and V
+        assert none["hit_rate_ranked"] == 0
+        assert some["lines"] == round(1.1 * read["step_tokens"])
+        assert 0 < none["hit_rate"] < some["hit_rate"] < many["hit_rate"] < 1
+        assert many["hit_rate_ranked"] < many["hit_rate"]
+        assert 0.5 < many["hit_rate_tier"] < many["hit_rate"] + 0.01
+        assert many["brought_tier"] == pytest.approx((1 - many["hit_rate_tier"]) * read["step_tokens"])
+        assert rows[ratio, 4, 4]["lines"] == round(read["step_tokens"])
+        assert none["hit_rate"] > rows[ratio, 4, 0]["hit_rate"]
+    assert "hit_rate_tier" not in rows[0.1, 1, 1.1]  # 90 may be read
+    assert data["claims"]["smollm2.hit_rate@4"] == rows[0.03, 1, 4]["hit_rate"]
+    assert data["claims"]["smollm2.hit_rate_tier@4"] == rows[0.03, 1, 4]["hit_rate_tier"]
+    assert data["claims"]["smollm2.hit_rate_blocks@1.1"] == rows[0.03, 4, 1.1]["hit_rate"]
+    assert data["claims"]["smollm2.union@0.1"] == rows[0.1, None, None]["union"]
+
+    def records(*args):
+        raise AssertionError("a stored row is measured again")
+
+    monkeypatch.setattr(a2ats_hits, "record", records)
+    assert hits(tmp_path) == 0
+    assert results.load(path) == data
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--rest", "64"], "steps after the first 64 are counted, got (rest=64): decode more tokens"),
+        (["--block", "1"], "lines of 0 or more, got (block=1, hot=(0.0, 1.1, 4.0)): single tokens"),
+        (["--hot", "-1"], "lines of 0 or more, got (block=4, hot=(-1.0,)): single tokens"),
+        (["--ratios", "1.5"], "topk is tokens, 1 or more, or a share"),
+    ],
+)
+def test_steps_and_lines_that_say_nothing_are_refused(more, message, tmp_path, calibrated, capsys):
+    assert hits(tmp_path, *more) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_model_without_ranked_layers_is_refused(tmp_path, calibrated, capsys):
+    _, books = calibrated
+    codebooks.save(dataclasses.replace(books, flat=(True, True, True)), tmp_path / "books")
+    assert hits(tmp_path) == 2
+    message = "in layers that are ranked, got (flat=(True, True, True), windows=(24, None, None)): take"
+    assert message in " ".join(capsys.readouterr().err.split())

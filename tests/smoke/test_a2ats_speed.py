@@ -10,9 +10,9 @@ from experiments.a2ats_speed import Speed, speed
 from experiments.a2ats_synthetic import locality
 
 TINY = Speed(
-    parts=("throughput", "split", "context", "prefill"), cases=("tiny/1:1x512",), context="tiny/1:1x1024",
-    prompt="tiny/1:1x512", topk=0.05, hot=0.5, host_gib=2 * 8 * 128 * 512 * 2 * 2 / 2**30, steps=4,
-    samples=1, chunk=128, copy_mib=1,
+    parts=("throughput", "small", "split", "context", "prefill"), cases=("tiny/1:1x512",),
+    small="tiny/1:1x1024", context="tiny/1:1x1024", prompt="tiny/1:1x512", topk=0.05, hot=0.5,
+    host_gib=2 * 8 * 128 * 512 * 2 * 2 / 2**30, steps=4, samples=1, chunk=128, copy_mib=1,
 )  # fmt: skip
 
 
@@ -28,14 +28,14 @@ def test_every_part_has_its_rows_and_claims(measured):
     _, data = measured
     names = [(row["part"], row["name"]) for row in data["rows"]]
     assert names == [
-        ("decode", "full"), ("decode", "host, 16 bits"), ("decode", "host, 8 bits"), ("split", "host"),
-        ("decode", "host, 16 bits"), ("prefill", "host"),
+        ("decode", "full"), ("decode", "host, 16 bits"), ("decode", "host, 8 bits"), ("decode", "full"),
+        ("decode", "host, 16 bits"), ("split", "host"), ("prefill", "host"),
     ]  # fmt: skip
     assert data["claims"].keys() == {
         f"a2ats.{name}"
         for name in (
             "throughput_speedup", "throughput_speedup_0k_16bit", "throughput_speedup_0k_8bit",
-            "select_share_of_step", "max_context_tokens", "max_context_step_us",
+            "step_speedup_tiny_l1_b1_1k", "select_share_of_step", "max_context_tokens", "max_context_step_us",
         )
     }  # fmt: skip
     assert all(math.isfinite(value) for value in data["claims"].values())
@@ -77,7 +77,7 @@ def test_synthetic_tokens_are_found_again_as_often_as_wanted(wanted):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parts": ("decode",)}, "a part is one of throughput, split, context, prefill, got decode"),
+        ({"parts": ("decode",)}, "a part is one of throughput, small, split, context, prefill, got decode"),
         ({"bits": (4,)}, r"16 or 8 bits, got settings.bits=\(4,\)"),
         ({"context": "tiny"}, "a case is shape:batch x tokens"),
     ],

@@ -121,17 +121,16 @@ class Lines:
     def __init__(self, n):
         self.block, self.used = [-1] * n, [-1] * n
 
-    def read(self, blocks, now, n):
-        """Returns how many blocks were not there, and which the n lines read longest ago hold."""
-        missing = [b for b in blocks if b not in self.block]
+    def read(self, blocks, now):
+        """Reads blocks in order; returns how many were not there."""
         for b in blocks:
             if b in self.block:
                 self.used[self.block.index(b)] = now
-        free = sorted((u, i) for i, u in enumerate(self.used) if u < now)
-        return len(missing), {self.block[i] for _, i in free[:n]}
-
-    def follow(self, held, used):
-        self.block, self.used = list(held), list(used)
+        new = [b for b in blocks if b not in self.block]
+        oldest = sorted((u, i) for i, u in enumerate(self.used) if u < now)[: len(new)]
+        for b, i in zip(new, sorted(i for _, i in oldest), strict=True):
+            self.block[i], self.used[i] = b, now
+        return len(new)
 
 
 @settings(max_examples=15, deadline=None)
@@ -153,12 +152,9 @@ def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block
         tier, line = bring(tier, far, jnp.asarray(idx), jnp.asarray([now]), slots=slots)
         for k, model in enumerate(models):
             blocks = [b for b in idx[0, k] if b >= 0]
-            n_missing, may_go = model.read(blocks, now, n)
-            missed += n_missing
+            missed += model.read(blocks, now)
             held, used = np.asarray(tier.held)[0, k], np.asarray(tier.used)[0, k]
-            gone = {b for b in model.block if b >= 0 and b not in held}
-            assert gone <= may_go
-            model.follow(held, used)
+            assert (held.tolist(), used.tolist()) == (model.block, model.used)
             assert [held[i] for i in np.asarray(line)[0, k] if i >= 0] == blocks
             assert (used[[i for i in np.asarray(line)[0, k] if i >= 0]] == now).all()
             for at, b in zip(np.asarray(line)[0, k], idx[0, k], strict=True):
