@@ -1,5 +1,11 @@
 """Rows in host memory: lines against a plain model of them, equality with the device, and what is refused."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +21,18 @@ from kvjax.methods import per_layer
 from kvjax.methods.a2ats import A2ATS
 from kvjax.models.config import RopeConfig
 from kvjax.sampling import Sampling
+from pallas_kernels.backend import Target, aim
+from pallas_kernels.host import Blocks, Pages, as_pages, as_rows
+from pallas_kernels.topology import environment
 
 MODEL = MODELS["G2"]
 BOOKS = codebooks(MODEL)
 STEPS = tiers.STEPS + 9  # two programs
 RNG = np.random.default_rng(5)
 FORCED = RNG.integers(0, 97, (2, STEPS)).astype(np.int32)
+TESTS = Path(__file__).parents[1]
+TPU = Target("tpu", "described")
+NEWEST = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
 
 
 def a2ats(**settings) -> A2ATS:
@@ -60,6 +72,52 @@ def test_the_host_holds_what_the_device_would(on_device):
         for name in ("k", "v"):
             mine, theirs = (np.asarray(getattr(x, name))[alive] for x in (kv, other))
             np.testing.assert_array_equal(mine, theirs)
+
+
+def test_pages_of_a_tpu_give_the_bits_of_the_device(on_device):
+    method = a2ats(tier="host", host_block=128)  # a page; the second one of a head is cut short
+    with aim(TPU):
+        state = loop.init_state(MODEL, method, 2, 96 + STEPS)
+    logits, state = kvjax.prefill(MODEL, PROMPTS, method, state=state, chunk=32)
+    _, _, state, kept = loop.decode(MODEL, logits, state, method, FORCED, keep_logits=True)
+    np.testing.assert_array_equal(kept, on_device[1])
+    for kv, other in zip(state, on_device[2], strict=True):
+        alive = np.asarray(kv.mass) > 0
+        for name in ("k", "v"):
+            pages = getattr(kv, name)
+            assert isinstance(pages, Pages)
+            assert pages.words.sharding.memory_kind == "pinned_host"
+            rows = as_rows(jax.device_put(pages, jax.memory.Space.Device), kv.slots)
+            np.testing.assert_array_equal(rows[alive], np.asarray(getattr(other, name))[alive])
+
+
+@pytest.mark.skipif(not NEWEST, reason="before JAX 0.12 a shape is of no memory, so none lies on the host")
+@pytest.mark.parametrize(
+    ("device", "names"),
+    [
+        ("v5e", {"chunk of a prompt", "step", "steps", "flush", "flush of a chunk"}),
+        ("v5p", {"steps", "flush"}),
+        ("v6e", {"steps", "flush"}),
+    ],
+)
+def test_programs_compile_for_a_tpu_and_leave_the_rows_on_its_host(device, names):
+    path = os.pathsep.join([str(TESTS.parent), str(Path(sys.prefix) / "compilers"), *sys.path])
+    run = subprocess.run(
+        [sys.executable, TESTS / "host_child.py", device, *names],
+        env=os.environ | environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
+    assert found.keys() == names
+    for name, line in found.items():
+        assert line["far_bytes"] > 0
+        for kind in ("argument", "output", "alias"):  # nothing but the rows, in place
+            assert line[f"host_{kind}_bytes"] == line["far_bytes"]
+        assert line["host_temp_bytes"] == 0
+        if name.startswith("step"):
+            assert set(line["taken"].values()) == {"tpu"}
+        if name != "chunk of a prompt":  # which reads all rows of a layer
+            assert line["temp_bytes"] < 0.6 * line["far_bytes"]
 
 
 def test_prompts_of_different_lengths_that_go_on_and_stop():
@@ -125,11 +183,12 @@ class Lines:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), block=st.sampled_from([1, 4]), lines=st.integers(6, 14))
+@given(seed=st.integers(0, 10_000), block=st.sampled_from([1, 4, 16]), lines=st.integers(6, 14))
 def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block, lines):
-    rng = np.random.default_rng(seed)
-    slots, size, n = (40, 26), 8, 6
-    far = tuple(jnp.asarray(rng.normal(size=(1, sum(slots), size)), jnp.float32) for _ in range(2))
+    rng, paged = np.random.default_rng(seed), block == 16
+    slots, size, n = ((160, 104), 128, 6) if paged else ((40, 26), 8, 6)
+    rows = tuple(jnp.asarray(rng.normal(size=(1, sum(slots), size)), jnp.float32) for _ in range(2))
+    far = tuple(as_pages(x, Blocks(slots, block)) if paged else x for x in rows)
     how = tiers.Host(lines=lines, block=block)
     tier = tiers.empty(1, slots, size, jnp.float32, how)
     tier = tier.replace(first=jnp.asarray([slots], jnp.int32))
@@ -155,10 +214,10 @@ def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block
                 if b < 0:
                     continue
                 first = sum(slots[:k]) + b * block
-                rows = min(block, slots[k] - b * block)
+                full = min(block, slots[k] - b * block)
                 here = k * lines * block + at * block
-                for store, lies in zip(far, (tier.k, tier.v), strict=True):
-                    np.testing.assert_array_equal(lies[0, here : here + rows], store[0, first : first + rows])
+                for store, lies in zip(rows, (tier.k, tier.v), strict=True):
+                    np.testing.assert_array_equal(lies[0, here : here + full], store[0, first : first + full])
     assert int(tier.missed.sum()) == missed
     assert len({b for b in np.asarray(tier.held)[0, 0] if b >= 0}) == (np.asarray(tier.held)[0, 0] >= 0).sum()
 
@@ -239,6 +298,18 @@ def test_fewer_hot_tokens_than_a_step_reads_are_refused():
     layer = Layer(2, 2, 16, RopeConfig(), 0.25)
     with pytest.raises(ValueError, match=r"at least what a step may read, 36, got self.hot=20"):
         method.init(layer, 1, (100, 100), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"host_block": 64}, ValueError, "pages of 8 KiB.*blocks of 64 slots of 64 bytes.*multiple of 128"),
+        ({"host_block": 128, "host_bits": 8}, NotImplementedError, r"got how\.bits=8: take None"),
+    ],
+)
+def test_what_a_tpu_cannot_keep_on_the_host_is_refused(settings, error, message):
+    with aim(TPU), pytest.raises(error, match=message):
+        loop.init_state(MODEL, a2ats(tier="host", **settings), 1, 200)
 
 
 def test_a_method_of_a_chain_keeps_its_rows_on_the_device():

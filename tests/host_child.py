@@ -1,0 +1,63 @@
+"""Compiles programs that touch K and V in host memory, by name, for a described TPU: a JSON line each.
+
+Run by unit/test_tiers.py, since some failures of these compilers end the process.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+from method_cases import codebooks
+
+from experiments import decode_model
+from kvjax import loop, tiers
+from kvjax.methods.a2ats import A2ATS
+from kvjax.sampling import Sampling
+from pallas_kernels import dispatch
+from pallas_kernels.host import on_host
+from pallas_kernels.topology import Described
+
+BATCH, SLOTS, CHUNK = 1, 8000, 256  # what steps read is little beside it
+
+
+def programs(at: Described):
+    """Yields the programs by name with their arguments' shapes: those of a prompt, of steps, and between."""
+    model = decode_model.abstract("tiny", decode_model.config_of("tiny", 2))
+    method = A2ATS(topk=8, calibration=codebooks(model), far=64, tier="host", host_block=32, hot=0)
+    state = jax.eval_shape(lambda: loop.init_state(model, method, BATCH, SLOTS))
+    resized = lambda kv: kv.replace(tier=tiers.resize(kv.tier, CHUNK))  # noqa: E731
+    wide = jax.eval_shape(lambda state: tuple(map(resized, state)), state)
+    one, some, many = (jax.ShapeDtypeStruct((BATCH, n), jnp.int32) for n in (1, tiers.STEPS, CHUNK))
+    logits = jax.ShapeDtypeStruct((BATCH, model.config.vocab_size), jnp.float32)
+    params, logits, state, wide, one, some, many = at.spread(
+        (model.params, logits, state, wide, one, some, many)
+    )
+    program = {"program": loop.Program.of(model, method)}
+    limits = Sampling().limits()
+    yield "chunk of a prompt", loop._read, (params, many, many, wide), program | {"n_queries": 1}
+    yield "step", loop._step, (params, one, one, state), program
+    steps = {"limits": limits, "keep_logits": False}
+    yield "steps", loop._decode, (params, logits, state, some, jnp.int32(3)), program | steps
+    yield "flush", loop._flush, (state[0],), {}
+    yield "flush of a chunk", loop._flush, (wide[0],), {}
+
+
+def main(device: str, *names: str) -> None:
+    at = Described(device)
+    with at.compiling():
+        for name, run, args, options in programs(at):
+            if name not in names:
+                continue
+            with dispatch.watch() as taken:
+                lowered = run.lower(*args, **options)
+            memory = lowered.compile().memory_analysis()
+            far = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args) if on_host(x))
+            line = {"name": name, "taken": taken, "far_bytes": far, "temp_bytes": memory.temp_size_in_bytes}
+            for kind in ("argument", "output", "alias", "temp"):
+                line[f"host_{kind}_bytes"] = getattr(memory, f"host_{kind}_size_in_bytes")
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
