@@ -12,7 +12,6 @@ A query head ranks the tokens between the first `n_sinks` and the newest `window
 """
 
 import functools
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from experiments import options, results
+from experiments import results
 from experiments.a2ats_ranking import Book, ranked
+from experiments.rows import start
 from kvjax import replay, text
 from kvjax.cache import Layer
 from kvjax.calibrate import kmeans, refine, statistics
@@ -88,14 +88,7 @@ def recall(settings: Recall) -> int:
             f"codebooks are asked about texts that they were not made from, got texts={settings.texts} and "
             f"learned={settings.learned}"
         )
-    words = map(shlex.quote, options.as_arguments(settings, skip=("out",)))
-    stored = results.start(
-        "a2ats_recall",
-        settings.seed,
-        None,
-        settings.out,
-        " ".join(["python -m experiments.a2ats recall", *words]),
-    )
+    stored = start("a2ats", "recall", settings)
     names = [name for name in _NAMES if name != "refined" or settings.steps]
     rows = [
         {"name": n, "model": settings.model, "ratio": r, "spec": n} for r in settings.ratios for n in names

@@ -1,20 +1,18 @@
-"""Describes what Chelsea's speed is measured on: settings, cases, budgets and models."""
+"""Describes how Chelsea's speed is measured: settings and budgets."""
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from experiments import decode_model, results
+from experiments import results
 from kvjax.budgets import Shares
 from kvjax.methods.chelsea import Chelsea
 from kvjax.model import Model
 
-__all__ = ["Case", "Speed", "budget", "case_of", "chelsea", "prompts", "random_model"]
+__all__ = ["Speed", "budget", "chelsea"]
 
 
 @dataclass(frozen=True)
@@ -71,50 +69,6 @@ class Speed:
     out: Path = results.FOLDER
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model's shape, with fewer layers if asked, and rows of tokens."""
-
-    shape: str
-    layers: int | None
-    batch: int
-    tokens: int
-
-    @property
-    def label(self) -> str:
-        """The name in claims: llama_b8_32k."""
-        length = f"{self.tokens // 1024}k" if self.tokens % 1024 == 0 else f"{self.tokens}"
-        family = "".join(c for c in self.shape.split("-")[0] if c.isalpha())
-        layers = f"_l{self.layers}" if self.layers else ""
-        return f"{family}{layers}_b{self.batch}_{length}"
-
-    def model(self, seed: int) -> Model:
-        """Returns the model with random weights."""
-        return random_model(self.shape, self.layers, seed)
-
-    def row(self, part: str, name: str, **more: str) -> dict[str, Any]:
-        """Returns what tells a row from all others."""
-        n_layers = decode_model.config_of(self.shape, self.layers).n_layers
-        spec = f"{self.shape} bfloat16, {n_layers} layers"
-        return {"part": part, "name": name, **more, "spec": spec, "batch": self.batch, "slots": self.tokens}
-
-
-def case_of(word: str) -> Case:
-    """Parses a case such as llama-3.1-8b:8x32768, or llama-3.1-8b/4:8x32768 with 4 layers.
-
-    Raises:
-        ValueError: for one that is not a shape and positive numbers.
-    """
-    name, _, size = word.partition(":")
-    shape, slash, layers = name.partition("/")
-    numbers = [*size.split("x"), *([layers] if slash else [])]
-    if size.count("x") != 1 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-        raise ValueError(f"a case is shape:batch x tokens, such as llama-3.1-8b:8x32768, got {word!r}")
-    case = Case(shape, int(layers) if slash else None, int(numbers[0]), int(numbers[1]))
-    decode_model.config_of(case.shape, case.layers)
-    return case
-
-
 def chelsea(settings: Speed, tokens: int, ragged: Model | None = None) -> Chelsea:
     """Returns Chelsea for contexts of `tokens` tokens, with ragged budgets for a model if one is given.
 
@@ -138,14 +92,3 @@ def chelsea(settings: Speed, tokens: int, ragged: Model | None = None) -> Chelse
 def budget(settings: Speed, tokens: int) -> int:
     """Returns Chelsea's slots per KV head for contexts of `tokens` tokens."""
     return int(settings.keep * tokens)
-
-
-def prompts(model: Model, batch: int, tokens: int, seed: int) -> np.ndarray:
-    """Returns random token ids, [B T]."""
-    return np.random.default_rng(seed).integers(0, model.config.vocab_size, (batch, tokens), np.int32)
-
-
-@functools.lru_cache(maxsize=1)
-def random_model(shape: str, layers: int | None, seed: int) -> Model:
-    """Returns a model with random weights; the newest one is kept, so that parts share it."""
-    return decode_model.random(shape, decode_model.config_of(shape, layers), seed)

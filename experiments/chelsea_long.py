@@ -9,7 +9,7 @@ import numpy as np
 
 import kvjax
 from experiments import chelsea_plot, results
-from experiments.chelsea_quality import measured, start
+from experiments.rows import measured, start
 from experiments.scoring import compared
 from kvjax import spec, text
 from kvjax.method import CacheMethod
@@ -49,7 +49,7 @@ class Long:
 
 def long(settings: Long) -> int:
     """Scores each method that is not stored yet, prints the rows and draws them."""
-    stored = start("long", settings)
+    stored = start("chelsea", "long", settings)
     model = kvjax.load(settings.model, settings.dtype)
     length = settings.prompt + settings.new
 

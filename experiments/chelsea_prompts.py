@@ -10,7 +10,8 @@ import numpy as np
 
 import kvjax
 from experiments import decode_model
-from experiments.chelsea_cases import Case, Speed, chelsea, prompts
+from experiments.cases import Case, prompts
+from experiments.chelsea_cases import Speed, chelsea
 from experiments.chelsea_steps import filled
 from kvjax import cache, loop, measure
 from kvjax.loop import State

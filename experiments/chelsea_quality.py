@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,15 @@ from typing import Any
 import numpy as np
 
 import kvjax
-from experiments import chelsea_plot, options, results
-from experiments.results import Results
-from experiments.scoring import Answers, Prose, hidden_keys
+from experiments import chelsea_plot, quality_plot, results
+from experiments.rows import claims, measured, start
+from experiments.scoring import Texts
 from kvjax import budgets, measure, spec, text
 from kvjax.method import CacheMethod
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
 
-__all__ = ["Quality", "Sweep", "measured", "quality", "start", "sweep"]
+__all__ = ["Quality", "Sweep", "quality", "sweep"]
 
 _PEERS = ("streaming_llm", "snapkv", "tova", "knorm", "h2o")
 _SWEEP = (
@@ -102,17 +101,17 @@ class Quality:
 
 def sweep(settings: Sweep) -> int:
     """Scores each setting that is not stored yet, prints the rows and draws them."""
-    stored = start("sweep", settings)
+    stored = start("chelsea", "sweep", settings)
     model = kvjax.load(settings.model, settings.dtype)
     documents = functools.cache(lambda: _documents(model, settings, min(settings.docs, 6)))
-    prose = functools.cache(lambda: Prose.of(model, documents()[0], settings.rest))
+    texts = Texts(model, settings, lambda: documents()[0])
 
     def scores(method: Chelsea, keep: float) -> dict[str, Any]:
         if settings.calibrated:
             shares = budgets.calibrate(model, documents()[1][:, : settings.context], keep, method)
             table = shares.table(method.budget, method.least)
             method = dataclasses.replace(method, budget=table)
-        return prose().scores(method, prose().compressed(method))
+        return texts.prose.scores(method, texts.prose.compressed(method))[0]
 
     for keep, words in ((k, w) for k in settings.keeps for w in settings.settings):
         method = spec.parse(f"chelsea:{words}", budget=round(keep * settings.context))
@@ -125,7 +124,7 @@ def sweep(settings: Sweep) -> int:
 
 def quality(settings: Quality) -> int:
     """Scores each method at each share that is not stored yet, prints the rows and draws them."""
-    stored = start("quality", settings)
+    stored = start("chelsea", "quality", settings)
     tried = _Tried(settings, kvjax.load(settings.model, settings.dtype))
     rows = [({"name": "full", "keep": 1.0, "spec": "Full()"}, lambda: tried.figures(Full(), Full()))]
     for keep in settings.keeps:
@@ -138,8 +137,9 @@ def quality(settings: Quality) -> int:
         waiting = [(row, None if stored.find(row) else pool.submit(figures)) for row, figures in rows]
         for row, future in waiting:
             stored = measured(stored, row, future and future.result)
-    stored = stored.claim(_claims(settings.model.split("-")[0], stored.rows))
-    chelsea_plot.draw_quality(stored.rows, stored.path.with_suffix(".png"))
+    stored = stored.claim(claims(settings.model, stored.rows, "keep"))
+    picture = stored.path.with_suffix(".png")
+    quality_plot.draw(stored.rows, picture, "keep", "slots kept, share of the prompt")
     print(stored.path)
     return 0
 
@@ -172,31 +172,12 @@ class _Tried:
         return _documents(self.model, self.settings, self.settings.calibration)
 
     @functools.cached_property
-    def prose(self) -> Prose:
-        return Prose.of(self.model, self.documents[0], self.settings.rest)
-
-    @functools.cached_property
-    def filler(self) -> Answers:
-        return Answers.of(self.model, *hidden_keys(self.model, *self._keys(self.settings.keys)))
-
-    @functools.cached_property
-    def novel(self) -> Answers:
-        """Keys in a text that the full cache finds, the first so many of three times as many."""
-        n, right = self.settings.novel_keys, []
-        contexts, keys = hidden_keys(self.model, *self._keys(3 * n), self.settings.texts[0])
-        for part in (slice(start, start + n) for start in range(0, len(keys), n)):
-            right += Answers.of(self.model, contexts[part], keys[part]).right(Full())
-            if sum(right) >= n:
-                break
-        found = np.flatnonzero(right)[:n]
-        return Answers.of(self.model, [contexts[i] for i in found], [keys[i] for i in found])
-
-    def _keys(self, n: int) -> tuple[int, int, int]:
-        return n, self.settings.key_context, self.settings.seed
+    def texts(self) -> Texts:
+        return Texts(self.model, self.settings, lambda: self.documents[0])
 
     def prepare(self) -> None:
         """Reads and calibrates what the rows share."""
-        _ = self.prose, self.filler, self.novel
+        _ = self.texts.prose, self.texts.filler, self.texts.novel
         for keep in self.settings.keeps:
             self.shares(keep)
 
@@ -210,13 +191,13 @@ class _Tried:
 
         short: the method at the same share of the texts that hide a key.
         """
-        state = self.prose.compressed(method)
-        values = {"bytes_held": measure.nbytes(state) // len(self.prose.rest)}
-        values |= self.prose.scores(method, state)
-        return values | {
-            "passkey_filler": sum(self.filler.right(short)), "passkey_filler_of": len(self.filler.keys),
-            "passkey_novel": sum(self.novel.right(short)), "passkey_novel_of": len(self.novel.keys),
-        }  # fmt: skip
+        prose = self.texts.prose
+        state = prose.compressed(method)
+        values = {"bytes_held": measure.nbytes(state) // len(prose.rest)}
+        values |= prose.scores(method, state)[0]
+        for where, answers in (("filler", self.texts.filler), ("novel", self.texts.novel)):
+            values |= answers.grades(where, short)[0]
+        return values
 
 
 def _documents(
@@ -231,36 +212,3 @@ def _documents(
             f"a table is made from at most as many documents as are scored, got {n_other} others"
         )
     return scored, other[np.linspace(0, len(other) - 1, n_other).astype(int)]
-
-
-def start(command: str, settings: Any) -> Results:
-    """Opens the results of a command."""
-    arguments = map(shlex.quote, options.as_arguments(settings, skip=("out", "workers")))
-    words = ["python -m experiments.chelsea", command, *arguments]
-    return results.start(f"chelsea_{command}", settings.seed, folder=settings.out, command=" ".join(words))
-
-
-def measured(stored: Results, row: Mapping[str, Any], figures: Callable[[], dict[str, Any]]) -> Results:
-    """Adds a row unless it is stored, and prints it."""
-    if stored.find(row) is None:
-        stored = stored.add(row, figures())
-    found = stored.find(row)
-    named = (
-        f"{k} {found[k]:.4g}"
-        for k in ("kl", "top1", "perplexity", "passkey_filler", "passkey_novel")
-        if k in found
-    )
-    print(*(str(row[k]) for k in row if k != "spec"), *named, sep=" | ", flush=True)
-    return stored
-
-
-def _claims(model: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Returns the figures that are quoted, `<model>.<method>.<figure>@<share>`."""
-    found = {}
-    for row in rows:
-        name = f"{model}.{row['name'].replace(', ', '_')}"
-        found |= {
-            f"{name}.{k}@{row['keep']:g}": row[k]
-            for k in ("kl", "top1", "perplexity", "passkey_filler", "passkey_novel")
-        }
-    return found

@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from experiments import chelsea_plot, options, plot, results
-from experiments.chelsea_cases import Case, Speed, budget, case_of, chelsea, prompts, random_model
+from experiments.cases import Case, case_of, fitting, prompts, random_model
+from experiments.chelsea_cases import Speed, budget, chelsea
 from experiments.chelsea_prompts import clustering, serve, served, streamed
-from experiments.chelsea_steps import fitting, timed
+from experiments.chelsea_steps import timed
 from experiments.results import Results
 from kvjax.methods.full import Full
 

@@ -5,10 +5,8 @@ so that a period of `slack` steps clusters once, in its last step.
 """
 
 import functools
-import gc
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +16,7 @@ from jaxtyping import Array
 
 import kvjax
 from experiments import decode_model
+from experiments.cases import copy_rate, weight_bytes
 from experiments.chelsea_cases import Speed
 from kvjax import cache, loop, measure
 from kvjax.cache import KV
@@ -25,9 +24,9 @@ from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods.chelsea import Chelsea
 from kvjax.model import Model
-from pallas_kernels import dispatch, timing
+from pallas_kernels import dispatch
 
-__all__ = ["filled", "fitting", "timed"]
+__all__ = ["filled", "timed"]
 
 
 def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings: Speed) -> dict[str, Any]:
@@ -39,11 +38,11 @@ def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings
     Raises:
         RuntimeError: where the steps timed were not those meant.
     """
-    rate = _copy_rate(settings.copy_mib)  # while memory is free
+    rate = copy_rate(settings.copy_mib)  # while memory is free
     clusters = isinstance(method, Chelsea)
     first = tokens - settings.slack * (settings.samples + 1)
     state = filled(model, method, rows, first, tokens, settings.seed)
-    n_bytes = _weight_bytes(model) + _mean_slots(state, tokens, clusters, settings) * _slot_bytes(model)
+    n_bytes = weight_bytes(model) + _mean_slots(state, tokens, clusters, settings) * _slot_bytes(model)
     state_bytes = measure.nbytes(state)
     with dispatch.watch() as taken:
         times, state = _periods(model, method, state, settings)
@@ -103,26 +102,6 @@ def _slot_bytes(model: Model) -> int:
     return 2 * model.config.head_dim * model.dtype.itemsize + 8
 
 
-def _weight_bytes(model: Model) -> int:
-    """Returns the bytes of the weights that a step reads: not of an embedding that it takes a few rows of."""
-    found = sum(x.nbytes for x in jax.tree.leaves(model.params))
-    return found if model.config.tied_embeddings else found - model.params["embed"]["embedding"].nbytes
-
-
-def fitting(batch: int, run: Callable[[int], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
-    """Runs with all rows, or with 7/8 or 3/4 of them where memory is short. Returns the rows as well."""
-    tried = [n for n in dict.fromkeys((batch, batch * 7 // 8, batch * 3 // 4)) if n]
-    for rows in tried:
-        try:
-            return rows, run(rows)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or rows == tried[-1]:
-                raise
-        print(f"{rows} rows do not fit")
-        gc.collect()  # what the failed run held
-    raise ValueError(f"a batch has at least one row, got {batch=}")
-
-
 def filled(model: Model, method: CacheMethod, batch: int, seen: int, total: int, seed: int) -> State:
     """Returns a state for `total` tokens as if `seen` random ones had been read.
 
@@ -168,8 +147,3 @@ def _fill(kv: KV, key: Array, pos: Array, mass: Array, fill: Array, seen: Array)
     return kv.replace(
         k=keys, v=values, **{name: jnp.broadcast_to(x, getattr(kv, name).shape) for name, x in rows.items()}
     )
-
-
-@functools.cache
-def _copy_rate(mib: int) -> float:
-    return timing.copy_rate(mib * 2**20)

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from experiments import canvas
+
 __all__ = ["draw", "path_of"]
 
 # Okabe and Ito's colours without the yellow, which is too light for a line, and a grey.
@@ -60,9 +62,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
         figure.draw_without_rendering()
         for axes, (key, _) in zip(panels, _PANELS, strict=True):
             _label(axes, {name: line[-1] for name, line in lines.items()}, key)
-        temporary = path.with_name(f".{path.name}.tmp")
-        figure.savefig(temporary, format="png")
-        temporary.replace(path)
+        canvas.save(figure, path)
 
 
 def _lines(rows: Sequence[dict]) -> dict[str, list[dict]]:

@@ -8,7 +8,7 @@ Every head's slots are read in full, or, with a `Selection`, only those it lists
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax import storage, tiers
 from kvjax.cache import KV, extent, runs, starts, take, view
@@ -17,7 +17,7 @@ from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Positions, Queries
 from pallas_kernels import AttentionForm, decode_attention, join, sparse_decode_attention
 
-__all__ = ["Selection", "attend", "held", "weights"]
+__all__ = ["Selection", "attend", "held", "listed", "weights"]
 
 
 @struct.dataclass
@@ -160,13 +160,18 @@ def _with_rotation(kv: KV, part: tuple) -> tuple:
     return (keys if kv.rotated else rotate(keys, when, kv.layer.rope)), values, when, mass
 
 
-def _selected(kv: KV, selection: Selection) -> tuple:
-    """Gathers the selected slots as keys, values [B K NP D], positions and masses [B K NP]."""
+def listed(kv: KV, selection: Selection) -> Int[Array, "B K Q"]:
+    """Returns the packed rows of the slots that a selection lists, occupied or not; -1 = none."""
     slot = selection.idx[..., None] * selection.block + jnp.arange(selection.block)  # [B K N P]
     inside = (selection.idx[..., None] >= 0) & (slot < jnp.asarray(kv.slots)[None, :, None, None])
     row = jnp.where(inside, slot + starts(kv.slots)[None, :, None, None], -1)
-    shape = (*row.shape[:2], -1)
-    row = row.reshape(row.shape[0], -1)
+    return row.reshape(*row.shape[:2], -1)
+
+
+def _selected(kv: KV, selection: Selection) -> tuple:
+    """Gathers the selected slots as keys, values [B K NP D], positions and masses [B K NP]."""
+    row = listed(kv, selection)
+    shape, row = row.shape, row.reshape(row.shape[0], -1)
     rows = (take(x, row) for x in (storage.read(kv.k), storage.read(kv.v), kv.pos, kv.mass))
     part = tuple(x.reshape(*shape, *x.shape[2:]) for x in rows)
     return _with_rotation(kv, part)

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.loop import State
 from kvjax.method import CacheMethod
+from pallas_kernels.host import on_host
 
-__all__ = ["bytes_read", "kl", "nbytes", "nll", "perplexity", "top1_agreement"]
+__all__ = ["bytes_read", "host_bytes", "kl", "nbytes", "nll", "perplexity", "top1_agreement"]
 
 
 def nll(logits: Float[Array, "*B V"], targets: Int[Array, "*B"]) -> Float[Array, "*B"]:
@@ -38,6 +39,11 @@ def top1_agreement(full: Float[Array, "*B V"], other: Float[Array, "*B V"]) -> f
 def nbytes(state: Any) -> int:
     """Returns the bytes of all leaves; of a state: keys, values, positions, masses and the index."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def host_bytes(state: Any) -> int:
+    """Returns the bytes of the leaves that lie in host memory; `nbytes` counts them too."""
+    return sum(nbytes(leaf) for leaf in jax.tree.leaves(state) if on_host(leaf))
 
 
 def bytes_read(state: State, methods: Sequence[CacheMethod]) -> int:

@@ -2,7 +2,8 @@
 
     statistics     all layers in one pass over the text                 FOLDER/statistics, gone at the end
     layer 0, 1, …  k-means in the frame of the metric, refinement       FOLDER/layer_000, …
-    codebooks      what the method takes                                FOLDER/codebooks, FOLDER/held_out.json
+    codebooks      what the method takes                                FOLDER/codebooks
+    measured       what was seen on the way, see `calibrate`            FOLDER/measured.json
 
 What is done is stored, so a run that was interrupted goes on; chance is drawn per layer from the seed, so it
 ends as if it had not been.
@@ -73,6 +74,10 @@ def calibrate(
 ) -> Codebooks:
     """Finds a model's codebooks, stores them in a folder and returns them.
 
+    `folder`/measured.json says, for each layer without a window: `share`, the attention that an exact choice
+    catches (see `statistics.share`); `losses` [R K] of each iteration of k-means; after refinement
+    `held_out` [R K], see `refine`.
+
     Args:
         documents: token ids, such as `text.documents` and `text.uuids` return.
         folder: where an interrupted run of the same calibration goes on.
@@ -102,8 +107,7 @@ def calibrate(
             parts[i] = _kept(folder / f"layer_{i:03}", stamp, make)
     found = _assemble(model, parts, settings)
     codebooks.save(found, folder)
-    curve = {i: part["held_out"].tolist() for i, part in parts.items() if settings.refine}
-    (folder / "held_out.json").write_text(json.dumps(curve) + "\n", encoding="utf-8")
+    (folder / "measured.json").write_text(json.dumps(_measured(parts)) + "\n", encoding="utf-8")
     shutil.rmtree(folder / "statistics", ignore_errors=True)
     return found
 
@@ -177,8 +181,9 @@ def _layer(
     x = jnp.einsum("knd,kde->kne", keys, metric, precision=jax.lax.Precision.HIGHEST)
     first, second = jax.random.split(jax.random.fold_in(jax.random.key(settings.seed), index))
     learnt = refine.split(x, 1)[0] if settings.refine else x
-    centroids = kmeans.fit(learnt, first, n_centroids=settings.n_centroids).centroids
-    part = {"metric": metric, "share": found.share[index : index + 1]}
+    centroids, losses = kmeans.fit(learnt, first, n_centroids=settings.n_centroids)
+    run = np.asarray(losses)[~np.isnan(losses).all(axis=1)]
+    part = {"metric": metric, "share": found.share[index : index + 1], "losses": run}
     if settings.refine:
         back = np.linalg.inv(np.float64(metric))
         y = np.einsum("rkgd,ked->kgre", found.queries[index], back, optimize=True).astype(np.float32)
@@ -187,6 +192,15 @@ def _layer(
             centroids, x, jnp.asarray(y), second, layer=layer, n_steps=settings.refine
         )
     return part | {"centroids": np.asarray(centroids)}
+
+
+def _measured(parts: Mapping[int, Mapping[str, np.ndarray]]) -> dict[int, dict[str, Any]]:
+    """Returns what is known of each layer beside its codebooks, as JSON has it."""
+    names = ("losses", "held_out")
+    return {
+        i: {"share": float(part["share"][0])} | {name: part[name].tolist() for name in names if name in part}
+        for i, part in parts.items()
+    }
 
 
 def _assemble(model: Model, parts: Mapping[int, Mapping[str, Any]], settings: Settings) -> Codebooks:

@@ -33,6 +33,7 @@ from kvjax.method import CacheMethod
 from kvjax.rope import rotate, unrotate
 from kvjax.shapes import Leaf, Positions, Queries, Slots, Tokens
 from pallas_kernels import union_topk, vq_assign, vq_scores
+from pallas_kernels.vq_scores import ALWAYS
 
 __all__ = ["A2ATS", "Index"]
 
@@ -188,26 +189,21 @@ class A2ATS(CacheMethod):
     def _chosen(self, kv: KV, far: Float[Array, "B K G D"], run: cache.Run) -> Int[Array, "B n N"]:
         """Returns the slots that the heads of a run read, at most G·topk and what is always read.
 
-        A row that seeks fewer than the most fills its choice with slots beyond the last one.
+        A row that seeks fewer than the most fills its choice with the empty slots after its last token.
         """
-        mass, when = cache.view(kv.mass, run), cache.view(kv.pos, run)
-        most = min(self._count(run.size), run.size)
+        mass, when, size = cache.view(kv.mass, run), cache.view(kv.pos, run), run.size
+        n_always, most = min(self.n_sinks + self.window, size), min(self._count(size), size)
         always = (when < self.n_sinks) | (when >= kv.seen[:, None, None] - self.window)
-        always = always & (mass > 0)
-        score = vq_scores(
-            far[:, run.head : run.head + run.n],
-            _of(kv.aux, run).centroids[0],
-            jnp.where(mass > 0, cache.view(kv.aux.codes, run), -1).astype(jnp.int16),
-        )
-        score = jnp.where(always[:, :, None], jnp.inf, score)
-        n_always = min(self.n_sinks + self.window, run.size)
-        k = min(most + n_always, run.size)
-        wanted = jnp.minimum(self._count(kv.seen), most)[:, None] + always.sum(-1)  # [B n]
-        filler = jnp.arange(k) < jnp.maximum(k - wanted, 0)[..., None]
-        filler = jnp.broadcast_to(jnp.where(filler, jnp.inf, -jnp.inf)[:, :, None], (*score.shape[:3], k))
-        limit = self._limit(run.size, score.shape[2])
-        idx = union_topk(jnp.concatenate([score, filler], axis=-1), k, limit=min(limit + k, run.size + k))
-        return jnp.where(idx < run.size, idx, -1)[..., :limit]
+        end = cache.extent(kv)[:, run.head : run.head + run.n, None]
+        beyond = jnp.arange(size) - end  # [B n S]
+        filler = (beyond >= 0) & (beyond < (most - jnp.minimum(self._count(kv.seen), most))[:, None, None])
+        codes = jnp.where(mass > 0, cache.view(kv.aux.codes, run), -1)
+        codes = jnp.where((always & (mass > 0)) | filler, ALWAYS, codes).astype(jnp.int16)
+        heads = far[:, run.head : run.head + run.n]
+        score = vq_scores(heads, _of(kv.aux, run).centroids[0], codes)
+        limit = self._limit(size, score.shape[2])
+        idx = union_topk(score, min(most + n_always, size), limit=limit)
+        return jnp.where(idx < end, idx, -1)
 
     def _count(self, seen):
         """Returns how many tokens each query head chooses of `seen`, at least one."""

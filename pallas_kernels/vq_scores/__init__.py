@@ -8,8 +8,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.backend import debug_check
 from pallas_kernels.vq_scores import gpu, reference, tpu
+from pallas_kernels.vq_scores.reference import ALWAYS
 
-__all__ = ["vq_scores"]
+__all__ = ["ALWAYS", "vq_scores"]
 
 
 def vq_scores(
@@ -21,12 +22,13 @@ def vq_scores(
     dtype: Any = jnp.float32,
     impl: str | None = None,
 ) -> Float[Array, "B K G S"] | Float[Array, "B K S"]:
-    """Returns q·codebook[code] for every query head and slot, -inf where there is none.
+    """Returns q·codebook[code] for every query head and slot, -inf for code -1 and inf for `ALWAYS`.
 
     Args:
         q: queries in the frame of the codebook: un-rotated, or times R_b for far keys.
         codebook: the codewords of each KV head, at most 32,768.
-        codes: int16, the codeword of each slot; below 0 for an empty slot.
+        codes: int16, the codeword of each slot; -1 for an empty slot, `ALWAYS`, -2, for one that ranks
+            above all others.
         reduce: "max" takes the largest score over the G query heads of a KV head: [B K S].
         dtype: of the scores: float32, bfloat16 or float16. They are rounded to it once.
         impl: None, "reference", "gpu" or "tpu", see `dispatch`.
@@ -44,8 +46,8 @@ def vq_scores(
 
     Example:
         >>> q, codebook = jnp.ones((1, 1, 2, 4)), jnp.arange(3.0)[None, :, None] * jnp.ones((1, 3, 4))
-        >>> vq_scores(q, codebook, jnp.array([[[2, 0, -1]]], jnp.int16)).tolist()
-        [[[[8.0, 0.0, -inf], [8.0, 0.0, -inf]]]]
+        >>> vq_scores(q, codebook, jnp.array([[[2, 0, -1, -2]]], jnp.int16)).tolist()
+        [[[[8.0, 0.0, -inf, inf], [8.0, 0.0, -inf, inf]]]]
     """
     n_heads, n_codes, size = codebook.shape
     if (q.shape[1], q.shape[3]) != (n_heads, size):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.vq_scores.reference import ALWAYS
 
 __all__ = ["Settings", "run"]
 
@@ -145,7 +146,8 @@ def _look_up(
         for code in codes:
             code = jnp.broadcast_to(code[:, None], (n, width))  # moved once; what follows is of its layout
             place = table_ref.at[batch, head, code, g[None, :]]
-            scores.append(triton.load(place, mask=(code >= 0) & (code < n_codes), other=-jnp.inf))
+            score = triton.load(place, mask=(code >= 0) & (code < n_codes), other=-jnp.inf)
+            scores.append(jnp.where(code == ALWAYS, jnp.asarray(jnp.inf, score.dtype), score))
         for s, score in zip(slots, scores, strict=True):
             mask = (s < n_slots)[:, None] & (g < out_ref.shape[2])[None, :]
             triton.store(out_ref.at[batch, head, g[None, :], s[:, None]], score, mask=mask)

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-__all__ = ["run"]
+__all__ = ["ALWAYS", "run"]
+
+ALWAYS = -2  # the code of a slot that ranks above all others
 
 
 def run(q, codebook, codes, *, reduce, dtype):
@@ -13,5 +15,5 @@ def run(q, codebook, codes, *, reduce, dtype):
     known = (codes >= 0) & (codes < codebook.shape[1])
     index = jnp.where(known, codes, 0).astype(jnp.int32)
     scores = jnp.take_along_axis(table, index[:, :, None], axis=-1)
-    scores = jnp.where(known[:, :, None], scores, -jnp.inf)
+    scores = jnp.where(known[:, :, None], scores, jnp.where(codes == ALWAYS, jnp.inf, -jnp.inf)[:, :, None])
     return (scores.max(2) if reduce == "max" else scores).astype(dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tolerance
 from pallas_kernels.op import Op, Spec
-from pallas_kernels.vq_scores import gpu, vq_scores
+from pallas_kernels.vq_scores import ALWAYS, gpu, vq_scores
 
 __all__ = ["OP", "ScoresSpec"]
 
@@ -36,14 +36,15 @@ class ScoresSpec(Spec):
         return f"{heads}-c{self.codes}-s{self.slots}-{how}"
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
-        """Makes inputs; a fifth of the slots is empty in tests."""
-        keys = jax.random.split(key, 4)
+        """Makes inputs; in tests a fifth of the slots is empty and a tenth ranks first."""
+        keys = jax.random.split(key, 5)
         q = jax.random.normal(keys[0], (self.batch, self.heads, self.group, self.head_dim), self.dtype)
         codebook = jax.random.normal(keys[1], (self.heads, self.codes, self.head_dim), self.dtype)
         shape = (self.batch, self.heads, self.slots)
         codes = jax.random.randint(keys[2], shape, 0, self.codes).astype(jnp.int16)
         if "test" in self.uses:
             codes = jnp.where(jax.random.uniform(keys[3], shape) < 0.2, jnp.int16(-1), codes)
+            codes = jnp.where(jax.random.uniform(keys[4], shape) < 0.1, jnp.int16(ALWAYS), codes)
         return {"q": q, "codebook": codebook, "codes": codes}
 
     def options(self) -> dict[str, Any]:

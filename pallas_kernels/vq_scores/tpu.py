@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.backend import pl, pltpu, tpu_call
+from pallas_kernels.vq_scores.reference import ALWAYS
 
 __all__ = ["run"]
 
@@ -81,7 +82,7 @@ def _look_up(
     def visit(i, _):
         at = pl.ds(pl.multiple_of(i * _LANES, _LANES), _LANES)
         code = jnp.broadcast_to(codes_ref[:, at].astype(jnp.int32), (height, _LANES))
-        line, lane = code >> 7, code & (_LANES - 1)  # an empty slot's line is -1
+        line, lane = code >> 7, code & (_LANES - 1)  # below 0: line -1
 
         def gather(j, scores):
             here = line == j
@@ -100,6 +101,7 @@ def _look_up(
         empty = tuple(jnp.full((height, _LANES), -jnp.inf, jnp.float32) for _ in range(group))
         scores = jax.lax.fori_loop(0, lines, gather, empty, unroll=min(8, lines))
         for g, score in enumerate(scores):
+            score = jnp.where(code == ALWAYS, jnp.inf, score)
             out_ref[:, g, at] = score[:rows].astype(out_ref.dtype)
         return 0
 

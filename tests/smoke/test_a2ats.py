@@ -1,18 +1,29 @@
 """Runs A²ATS's experiments on a tiny random model."""
 
+import dataclasses
 import math
 
 import pytest
+from method_cases import codebooks as random_codebooks
 
 import kvjax
-from experiments import a2ats, a2ats_recall, results
+from experiments import a2ats, a2ats_quality, a2ats_recall, results, scoring
 from kvjax import text
+from kvjax.calibrate import codebooks
+from kvjax.methods.a2ats import A2ATS
+from kvjax.model import fingerprint
 from tests.tiny_models import byte_tokenizer, tiny
 
 SIZES = [
     "--docs", "1", "--context", "128", "--queries", "3", "--ratios", "0.05", "0.2", "--centroids", "32",
     "--tokens", "1024", "--iterations", "9", "--steps", "20", "--window", "16", "--n-sinks", "2",
     "--far", "64",
+]  # fmt: skip
+
+
+QUALITY = [
+    "--docs", "2", "--context", "200", "--rest", "32", "--ratios", "0.1", "1", "--methods", "quest",
+    "snapkv:window=8", "--keys", "2", "--novel-keys", "1", "--key-context", "336",
 ]  # fmt: skip
 
 
@@ -52,3 +63,82 @@ def test_every_way_to_rank_is_measured_once(tmp_path, monkeypatch, learned):
 def test_texts_that_codebooks_were_made_from_are_not_asked_about(more, tmp_path, capsys):
     assert a2ats.main(["recall", *more, "--out", str(tmp_path)]) == 2
     assert "texts that they were not made from" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.fixture
+def calibrated(tmp_path, monkeypatch):
+    """The model, one of whose layers has a window, one is read in full and one is ranked; its codebooks."""
+    model = tiny(byte_tokenizer(), context=512, windows=(24, None, None))
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
+    books = dataclasses.replace(
+        random_codebooks(model), flat=(True, True, False), model=fingerprint(model), window=16
+    )
+    codebooks.save(books, tmp_path / "books")
+    return model, books
+
+
+def quality(tmp_path, *more: str) -> int:
+    folders = ["--calibration", str(tmp_path / "books"), "--out", str(tmp_path)]
+    return a2ats.main(["quality", *QUALITY, *folders, *more])
+
+
+def test_quality_is_measured_once_at_equal_bytes(tmp_path, monkeypatch, calibrated):
+    assert quality(tmp_path) == 0
+    (path,) = (tmp_path / "a2ats_quality").glob("*.json")
+    data = results.load(path)
+    rows = {(row["name"], row["ratio"]): row for row in data["rows"]}
+    names = ("a2ats", "quest", "snapkv:window=8")
+    assert list(rows) == [("full", 1), *((name, ratio) for ratio in (0.1, 1) for name in names)]
+    assert len(data["rows"]) == len(rows)
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    full, ours, others = rows["full", 1], rows["a2ats", 0.1], [rows[name, 0.1] for name in names[1:]]
+    assert (
+        full["tokens_layers"] == [216.5] * 2
+    )  # 200, and the mean of 1 to 32; the layer with a window is out
+    assert full["bytes_read"] == 216.5 * 2 * 2 * (2 * 8 * 4 + 8)  # heads, layers, K and V, position and mass
+    least = 8 + 16 + 20  # sinks, window, a tenth of the tokens
+    assert ours["tokens_layers"][0] == 216.5
+    assert least < ours["tokens_layers"][1] < least + 23
+    assert 0 <= full["kl"] < 1e-6 < min(row["kl"] for row in (ours, *others))
+    assert rows["a2ats", 1]["kl"] < 1e-6
+    assert rows["a2ats", 1]["tokens"] == full["tokens"]
+    page = 16 * 2 * (2 * 8 * 4 + 8)
+    for row in others:
+        assert abs(row["bytes_read"] - ours["bytes_read"]) < page, row["name"]
+        assert abs(row["bytes_read_filler"] - ours["bytes_read_filler"]) < page, row["name"]
+    assert data["claims"]["smollm2.quest.kl@0.1"] == others[0]["kl"]
+    assert data["claims"]["smollm2.a2ats.passkey_filler@0.1"] == ours["passkey_filler"]
+
+    def measures(*args):
+        raise AssertionError("a stored row is measured again")
+
+    for name in ("Prose", "Answers"):
+        monkeypatch.setattr(scoring, name, measures)
+    assert quality(tmp_path) == 0
+    assert results.load(path) == data
+
+
+def test_another_calibration_is_another_row(calibrated):
+    model, books = calibrated
+    other = dataclasses.replace(books, centroids=random_codebooks(model, seed=1).centroids)
+    one, same, another = (
+        a2ats_quality.row_of(A2ATS(0.1, x, far=x.far)) for x in (books, dataclasses.replace(books), other)
+    )
+    assert one == same != another
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--ratios", "1.5"], 2, "topk is tokens, 1 or more, or a share"),
+        (["--methods", "kivi"], 2, "as many bytes by its budget, got 'kivi': leave it out"),
+        (["--methods", "snap"], 2, "did you mean 'snapkv'?"),
+        (["--methods", "quest:dense_layers=3"], 2, "a method reads more with a larger budget"),
+        (["--methods", "snapkv:window=100"], 2, "larger than the window"),
+        (["--calibration", "nowhere"], 1, "codebooks are a folder of `kvjax calibrate a2ats`"),
+        (["--calibration", "."], 2, "a calibration is a whole checkpoint"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(more, code, message, tmp_path, calibrated, capsys):
+    assert quality(tmp_path, *more) == code
+    assert message in capsys.readouterr().err.replace("\n", " ")

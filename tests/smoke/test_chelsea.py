@@ -5,7 +5,7 @@ import math
 import pytest
 
 import kvjax
-from experiments import chelsea, chelsea_long, chelsea_quality, results
+from experiments import chelsea, chelsea_long, results, scoring
 from tests.tiny_models import byte_tokenizer, tiny
 
 SIZES = {
@@ -48,7 +48,7 @@ def test_every_row_is_measured_once_and_drawn(command, tmp_path, monkeypatch):
         raise AssertionError("a stored row is measured again")
 
     for name in ("Prose", "Answers"):
-        monkeypatch.setattr(chelsea_quality, name, measures)
+        monkeypatch.setattr(scoring, name, measures)
     monkeypatch.setattr(chelsea_long, "_decoded", measures)
     assert chelsea.main(arguments) == 0
 

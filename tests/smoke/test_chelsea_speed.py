@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from experiments import chelsea_prompts, chelsea_speed, chelsea_steps, decode_model, results
+from experiments import cases, chelsea_prompts, chelsea_speed, chelsea_steps, decode_model, results
 from experiments.chelsea_cases import chelsea
 from experiments.chelsea_speed import Speed, speed
 
@@ -112,7 +112,7 @@ def test_few_prompts_stand_for_all_and_say_so(monkeypatch):
 
 
 def test_a_batch_that_does_not_fit_is_made_smaller(capsys):
-    class Full(chelsea_steps.jax.errors.JaxRuntimeError):
+    class Full(cases.jax.errors.JaxRuntimeError):
         pass
 
     def run(rows):
@@ -120,10 +120,10 @@ def test_a_batch_that_does_not_fit_is_made_smaller(capsys):
             raise Full("RESOURCE_EXHAUSTED: out of memory")
         return {"of": rows}
 
-    assert chelsea_steps.fitting(64, run) == (48, {"of": 48})
+    assert cases.fitting(64, run) == (48, {"of": 48})
     assert "64 rows do not fit\n56 rows do not fit" in capsys.readouterr().out
     with pytest.raises(Full):
-        chelsea_steps.fitting(128, run)
+        cases.fitting(128, run)
 
 
 @pytest.mark.parametrize(

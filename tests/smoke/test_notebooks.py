@@ -1,6 +1,7 @@
 """Runs the notebooks as a user would, at toy size: short texts, and a real model cut to few layers."""
 
 import base64
+import functools
 import os
 import re
 import sys
@@ -20,6 +21,10 @@ c = dataclasses.replace(c, n_layers=6, layer_windows=c.layer_windows[:6])
 model = dataclasses.replace(model, config=c)
 """
 PNG = b"\x89PNG"
+FIGURES = {
+    "quickstart": {"plot", "own"},
+    "calibrate_a2ats": {"share", "losses", "held", "plot"},
+}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -34,10 +39,14 @@ def test_notebooks_are_stored_without_outputs(path):
     assert set(notebook.metadata) == {"kernelspec", "language_info"}  # no version of someone's Python
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory):
-    """The quickstart after a run: the text and the figures of its cells, by their ids."""
-    notebook = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
+def test_notebooks_install_alike():
+    cells = [cell for path in NOTEBOOKS for cell in nbformat.read(path, as_version=4).cells]
+    assert len({cell.source for cell in cells if cell.id == "install"}) == 1
+
+
+def run(path, folder):
+    """Runs a notebook in a folder, and returns the text and the figures of its cells, by their ids."""
+    notebook = nbformat.read(path, as_version=4)
     loaded = [cell.id for cell in notebook.cells].index("load")
     notebook.cells.insert(loaded + 1, nbformat.v4.new_code_cell(FEWER_LAYERS))
     notebook.cells.insert(0, nbformat.v4.new_code_cell("import sys; print(sys.executable)", id="python"))
@@ -47,8 +56,8 @@ def quickstart(tmp_path_factory):
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    folder = {"metadata": {"path": str(tmp_path_factory.mktemp("notebook"))}}
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder)
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources)
     client.execute(env=environment)
     texts, figures = {}, {}
     for cell in notebook.cells:
@@ -59,13 +68,26 @@ def quickstart(tmp_path_factory):
     return texts, figures
 
 
-def test_quickstart_runs_in_this_python(quickstart):
-    texts, _ = quickstart
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """A function that says what the notebook of a name gave; each runs once."""
+    return functools.cache(
+        lambda name: run(ROOT / "notebooks" / f"{name}.ipynb", tmp_path_factory.mktemp(name))
+    )
+
+
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
+def test_notebooks_run_in_this_python_and_draw(ran, name):
+    texts, figures = ran(name)
     assert Path(texts["python"].strip()).samefile(sys.executable)
+    assert figures.keys() == FIGURES[name]
+    for figure in figures.values():
+        assert figure.startswith(PNG)
+        assert len(figure) > 5000
 
 
-def test_quickstart_compares_three_methods_and_its_own(quickstart):
-    texts, figures = quickstart
+def test_quickstart_compares_three_methods_and_its_own(ran):
+    texts, _ = ran("quickstart")
     full_mb = float(re.search(r"full cache: ([\d.]+) MB, perplexity [\d.]+", texts["measure"])[1])
     rows = re.findall(
         r"(\w+) +([\d.]+) MB +KL ([\d.]+) +perplexity ([\d.]+)", texts["compare"] + texts["own"]
@@ -75,14 +97,39 @@ def test_quickstart_compares_three_methods_and_its_own(quickstart):
         assert 0.4 * full_mb < float(mb) < 0.6 * full_mb  # the budget is half of the context
         assert 0 < float(kl) < 10
         assert 1 < float(perplexity) < np.inf
-    for name in ("plot", "own"):
-        assert figures[name].startswith(PNG)
-        assert len(figures[name]) > 5000
 
 
-def test_quickstart_generates_and_composes(quickstart):
-    texts, _ = quickstart
+def test_quickstart_generates_and_composes(ran):
+    texts, _ = ran("quickstart")
     assert texts["generate"].strip()
     assert texts["own-generate"].strip()
     share = float(re.search(r"([\d.]+)% of the full cache", texts["chain"])[1])
     assert 10 < share < 30  # a quarter of the tokens in 4 bits, all of them still in the exact window
+
+
+def test_calibration_lowers_what_it_is_of(ran):
+    texts, _ = ran("calibrate_a2ats")
+    assert "codewords: (6, 3, 32, 64)" in texts["calibrate"]
+    losses, held = (int(re.search(r"(\d+)% of the", texts[cell])[1]) for cell in ("losses", "held"))
+    assert 10 < losses < 100
+    assert 10 < held <= 100  # the codewords of k-means are among the candidates
+
+
+def test_calibrated_a2ats_reads_less_and_predicts_nearly_the_same(ran):
+    texts, _ = ran("calibrate_a2ats")
+    rows = re.findall(r"(\w+) +([\d.]+) +holds \d+% +reads +([\d.]+)% +KL ([\d.]+)", texts["compare"])
+    assert [row[:2] for row in rows] == [("ranked", "0.12"), ("newest", "64"), ("newest", "32")]
+    (ranked, *_), (kl, alone, narrow) = zip(*[(float(row[2]), float(row[3])) for row in rows], strict=True)
+    assert 57 < ranked < 100  # window and sinks alone are 72 of 128 tokens
+    assert kl < alone < narrow
+    answers = dict(re.findall(r"(\w+) +(.+)", texts["generate"]))
+    assert answers.keys() == {"full", "few", "newest"}
+
+
+def test_codebooks_are_loaded_and_those_of_another_model_refused(ran):
+    texts, _ = ran("calibrate_a2ats")
+    assert texts["load-books"].endswith("True True\n")
+    whole, small = map(float, re.findall(r"([\d.]+) MB", texts["save"]))
+    assert small < whole
+    assert "codebooks belong to one model, got those of another" in texts["refuse-model"]
+    assert "a folder holds one calibration, got another settings" in texts["refuse-folder"]

@@ -231,9 +231,21 @@ def test_codebooks_survive_a_checkpoint(made):
     assert read.layer(1).flat == books.flat[1:]
     np.testing.assert_array_equal(read.layer(1).centroids, books.centroids[1:])
     assert (read.far, read.window, read.model) == (50, 8, fingerprint(MODEL))
-    curve = json.loads((folder / "held_out.json").read_text())
-    assert np.shape([curve["0"], curve["1"]]) == (2, 2, 2)  # layers, looks, heads
     assert not (folder / "statistics").exists()
+
+
+def test_what_was_measured_lies_beside_the_codebooks(made, seen, tmp_path):
+    measured = json.loads((made[1] / "measured.json").read_text())
+    assert list(measured) == ["0", "1"]
+    for i, layer in enumerate(measured.values()):
+        assert layer.keys() == {"share", "losses", "held_out"}
+        assert layer["share"] == pytest.approx(seen.share[i])
+        losses = np.array(layer["losses"])  # iterations, heads; those that were not run are left out
+        assert losses.shape == (len(losses), 2)
+        assert (losses[-1] < losses[0]).all()
+        assert np.shape(layer["held_out"]) == (2, 2)  # looks, heads
+    calibrate(MODEL, DOCUMENTS, tmp_path, dataclasses.replace(SETTINGS, refine=0))
+    assert "held_out" not in json.loads((tmp_path / "measured.json").read_text())["0"]
 
 
 class Killed(BaseException):

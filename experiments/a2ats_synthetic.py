@@ -1,0 +1,130 @@
+"""Makes states whose steps choose tokens as real models do: many of them again in the next step.
+
+Keys are known to A²ATS by their codes alone. Random codewords of equal length would rank the tokens anew
+for every query; with lengths exp(σ·normal) the long ones rank high for half of all queries, whatever they
+ask. σ is set so that a cache of `lines` tokens, the least recently read leaving first, finds as many there
+as it was measured to on real models.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from kvjax import loop
+from kvjax.cache import KV
+from kvjax.calibrate.codebooks import Codebooks
+from kvjax.loop import State
+from kvjax.method import CacheMethod
+from kvjax.model import Model
+from kvjax.models.config import ModelConfig
+from kvjax.storage import encode
+from pallas_kernels import Codes
+
+__all__ = ["Locality", "books", "filled", "locality"]
+
+_CENTROIDS, _STEPS, _HALVINGS, _WIDEST = 4096, 48, 12, 4.0
+
+
+@dataclass(frozen=True)
+class Locality:
+    """What steps choose, found by simulation: σ, the share that lines hold, and tokens of the union."""
+
+    sigma: float
+    hit_rate: float
+    union: float
+
+
+@functools.cache
+def locality(tokens: int, topk: int, group: int, lines: int, hit_rate: float, seed: int) -> Locality:
+    """Finds the σ that gives a hit rate, or comes closest to it.
+
+    Args:
+        tokens: of a head, of which each of `group` query heads chooses topk.
+        lines: tokens that the device holds.
+    """
+    low, high = 0.0, _WIDEST
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (
+            (low, middle)
+            if _rates(tokens, topk, group, lines, middle, seed)[0] > hit_rate
+            else (middle, high)
+        )
+    return Locality(high, *_rates(tokens, topk, group, lines, high, seed))
+
+
+def _rates(tokens: int, topk: int, group: int, lines: int, sigma: float, seed: int) -> tuple[float, float]:
+    """Returns the hit rate of one head's cache over the later half of the steps, and the mean union."""
+    rng = np.random.default_rng(seed)
+    words = _codewords(rng, _CENTROIDS, 64, sigma)
+    codes = rng.integers(0, _CENTROIDS, tokens)
+    used = np.full(tokens, -1)
+    hits, unions = [], []
+    for step in range(_STEPS):
+        score = (rng.normal(size=(group, 64)) @ words.T)[:, codes]
+        chosen = np.unique(np.argpartition(score, -topk, axis=1)[:, -topk:])
+        here = np.argsort(used, kind="stable")[-lines:]  # the `lines` read last
+        hits.append((used[chosen] >= max(used[here[0]], 0)).mean())
+        unions.append(len(chosen))
+        used[chosen] = step
+    return float(np.mean(hits[_STEPS // 2 :])), float(np.mean(unions))
+
+
+def _codewords(rng: np.random.Generator, n: int, size: int, sigma: float) -> np.ndarray:
+    words = rng.normal(size=(n, size))
+    return words / np.linalg.norm(words, axis=1, keepdims=True) * np.exp(sigma * rng.normal(size=(n, 1)))
+
+
+def books(config: ModelConfig, far: int, window: int, sigma: float, seed: int) -> Codebooks:
+    """Returns codebooks of codewords whose lengths vary by σ, in the plain frame; no layer is flat."""
+    c, rng = config, np.random.default_rng(seed)
+    words = _codewords(rng, _CENTROIDS, c.head_dim, sigma).astype(np.float32)
+    shape = (c.n_layers, c.n_kv_heads)
+    metric = np.broadcast_to(np.eye(c.head_dim, dtype=np.float32), (*shape, c.head_dim, c.head_dim))
+    centroids = np.broadcast_to(words, (*shape, *words.shape))
+    return Codebooks(centroids, metric, (False,) * c.n_layers, "random", far, window)
+
+
+def filled(model: Model, method: CacheMethod, batch: int, seen: int, total: int, seed: int) -> State:
+    """Returns a state for `total` tokens as if `seen` random ones had been read, their codes random too."""
+    left = list(loop.init_state(model, method, batch, total))[::-1]
+    keys = jax.random.split(jax.random.key(seed), len(left))
+    return tuple(_layer(left.pop(), key, seen) for key in keys)
+
+
+def _layer(kv: KV, key: Array, seen: int) -> KV:
+    """Fills a layer: its rows one array at a time, so that the device holds one of them."""
+    keys = jax.random.split(key, 3)
+    kv = kv.replace(k=_rows(kv.k, keys[0]))
+    kv = kv.replace(v=_rows(kv.v, keys[1]))
+    return _index(kv, keys[2], seen)
+
+
+def _rows(store: object, key: Array) -> object:
+    """Returns random rows of the store's shape and type, where it lies."""
+    codes = store.codes if isinstance(store, Codes) else store
+    dtype = store.scale.dtype if isinstance(store, Codes) else store.dtype
+    rows = jax.random.normal(key, codes.shape, dtype)
+    if not isinstance(store, Codes):
+        return jax.device_put(rows, codes.sharding)
+    codes, *scales = jax.jit(encode, static_argnums=(1, 2))(rows, store.bits, -1)
+    return Codes(jax.device_put(codes, store.codes.sharding), *scales, store.bits, store.block)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _index(kv: KV, key: Array, seen: int) -> KV:
+    slot = jnp.concatenate([jnp.arange(size, dtype=jnp.int32) for size in kv.slots])
+    codes = jax.random.randint(key, kv.pos.shape, 0, kv.aux.centroids.shape[2], jnp.int32)
+    fill = jnp.full_like(kv.fill, seen)
+    return kv.replace(
+        pos=jnp.broadcast_to(jnp.where(slot < seen, slot, 0), kv.pos.shape),
+        mass=jnp.broadcast_to((slot < seen).astype(jnp.float32), kv.mass.shape),
+        fill=fill,
+        seen=jnp.full_like(kv.seen, seen),
+        aux=kv.aux.replace(codes=jnp.where(slot < seen, codes, -1).astype(jnp.int16)),
+        tier=None if kv.tier is None else kv.tier.replace(first=fill),
+    )

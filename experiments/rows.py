@@ -1,0 +1,43 @@
+"""Measures the rows of an experiment's command once, prints them, and claims their figures."""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from experiments import options, results
+from experiments.results import Results
+
+__all__ = ["claims", "measured", "start"]
+
+_FIGURES = ("kl", "top1", "perplexity", "passkey_filler", "passkey_novel", "read")
+_LONG = ("spec", "calibration")  # settings that are not printed
+
+
+def start(experiment: str, command: str, settings: Any) -> Results:
+    """Opens the results of a command."""
+    arguments = map(shlex.quote, options.as_arguments(settings, skip=("out", "workers")))
+    words = [f"python -m experiments.{experiment}", command, *arguments]
+    folder = f"{experiment}_{command}"
+    return results.start(folder, settings.seed, folder=settings.out, command=" ".join(words))
+
+
+def measured(stored: Results, row: Mapping[str, Any], figures: Callable[[], dict[str, Any]]) -> Results:
+    """Adds a row unless it is stored, and prints it."""
+    if stored.find(row) is None:
+        stored = stored.add(row, figures())
+    found = stored.find(row)
+    named = (f"{k} {found[k]:.4g}" for k in _FIGURES if k in found)
+    print(*(str(row[k]) for k in row if k not in _LONG), *named, sep=" | ", flush=True)
+    return stored
+
+
+def claims(model: str, rows: Sequence[Mapping[str, Any]], share: str) -> dict[str, float]:
+    """Returns the figures that are quoted, `<model>.<method>.<figure>@<share>`.
+
+    share: the name of the setting that says how much a row's method keeps, or reads.
+    """
+    found = {}
+    for row in rows:
+        name = f"{model.split('-')[0]}.{row['name'].replace(', ', '_')}"
+        found |= {f"{name}.{k}@{row[share]:g}": row[k] for k in _FIGURES if k in row}
+    return found
