@@ -103,9 +103,13 @@ def _check(settings: Settings) -> None:
 
 
 def _chosen(settings: Settings, use: str) -> Iterator[tuple[Op, Spec]]:
+    """Yields the cases asked for that the accelerator has kernels for; all, where there is none."""
+    platform = settings.interpret or backend.target().platform
     for name, op in ops().items():
         if not settings.ops or name in settings.ops:
             for spec in op.specs:
+                if platform in ("gpu", "tpu") and not op.has_kernel(spec, platform):
+                    continue
                 if use in spec.uses and re.search(settings.cases, f"{name} {spec.name}"):
                     yield op, spec
 

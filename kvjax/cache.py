@@ -135,9 +135,11 @@ def allocate(
         raise ValueError(
             f"a layer has one capacity of at least 1 per KV head, got {slots=} for {layer.n_kv_heads=}"
         )
-    rows = sum(slots)
-    shape = (batch, rows, layer.head_dim)
-    k, v = (jnp.zeros(shape, dtype) if host is None else tiers.place(shape, dtype, host) for _ in range(2))
+    rows, size = sum(slots), layer.head_dim
+    if host is None:
+        k, v = (jnp.zeros((batch, rows, size), dtype) for _ in range(2))
+    else:
+        k, v = (tiers.place(batch, slots, size, dtype, host) for _ in range(2))
     return KV(
         k=k,
         v=v,
@@ -146,7 +148,7 @@ def allocate(
         fill=jnp.zeros((batch, layer.n_kv_heads), jnp.int32),
         seen=jnp.zeros((batch,), jnp.int32),
         aux=None,
-        tier=None if host is None else tiers.empty(batch, slots, layer.head_dim, dtype, host),
+        tier=None if host is None else tiers.empty(batch, slots, size, dtype, host),
         layer=layer,
         slots=slots,
         rotated=rotated,

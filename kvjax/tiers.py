@@ -24,9 +24,9 @@ from jaxtyping import Array, Float, Int
 from kvjax import storage
 from kvjax.shapes import Leaf
 from pallas_kernels import Codes, fetch_rows, select_topk, stow_rows
-from pallas_kernels.attention import decode_codes, starts
-from pallas_kernels.backend import debug_check
-from pallas_kernels.host import Blocks
+from pallas_kernels.attention import starts
+from pallas_kernels.backend import debug_check, target
+from pallas_kernels.host import Blocks, as_rows, empty_pages
 
 __all__ = [
     "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "flush", "hit_rate", "place", "resize",
@@ -84,10 +84,20 @@ def empty(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host
     )  # fmt: skip
 
 
-def place(shape: Sequence[int], dtype: Any, how: Host) -> Any:
-    """Makes rows [B R D] in host memory: zeros, or codes whose scales lie on the device."""
-    rows = jnp.zeros(shape, dtype if how.bits is None else jnp.uint8)
-    rows = jax.device_put(rows, jax.memory.Space.Host)
+def place(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host) -> Any:
+    """Makes rows in host memory: zeros [B R D], or codes whose scales lie on the device; for a TPU `Pages`.
+
+    Raises:
+        ValueError: for blocks that a TPU cannot copy.
+        NotImplementedError: for codes on a TPU.
+    """
+    host = jax.memory.Space.Host
+    if target().platform == "tpu":
+        if how.bits is not None:
+            raise NotImplementedError(f"a TPU keeps rows on the host as they are, got {how.bits=}: take None")
+        return jax.device_put(empty_pages(batch, Blocks(tuple(slots), how.block), head_dim, dtype), host)
+    shape = (batch, sum(slots), head_dim)
+    rows = jax.device_put(jnp.zeros(shape, dtype if how.bits is None else jnp.uint8), host)
     if how.bits is None:
         return rows
     return Codes(rows, *(jnp.zeros((*shape[:2], 1), dtype) for _ in range(2)), how.bits, None)
@@ -150,9 +160,10 @@ def bring(
     partly = (idx + 1) * tier.block > tier.first[..., None]  # rows of it are staged, and may be newer
     copied = jnp.where(new | (first & partly), idx, -1)
     crossed = jnp.sum(new & (idx * tier.block < tier.first[..., None]), -1, dtype=jnp.int32)
+    lists = _listed(copied, line, needed)
     tier = tier.replace(
-        k=fetch_rows(tier.k, far[0], tier.new_k, copied, line, tier.first, blocks=blocks),
-        v=fetch_rows(tier.v, far[1], tier.new_v, copied, line, tier.first, blocks=blocks),
+        k=fetch_rows(tier.k, far[0], tier.new_k, *lists, tier.first, blocks=blocks),
+        v=fetch_rows(tier.v, far[1], tier.new_v, *lists, tier.first, blocks=blocks),
         line=index,
         held=tier.held.at[place].set(idx, mode="drop"),
         used=used.at[place].set(now[:, None, None], mode="drop"),
@@ -166,6 +177,16 @@ def _at(index: Int[Array, "B M"], row: Any, idx: Int[Array, "B K N"]) -> Int[Arr
     """Looks blocks up; -1 for none, and for those that no line holds."""
     found = jnp.take_along_axis(index, jnp.maximum(row + idx, 0).reshape(len(idx), -1), axis=1)
     return jnp.where(idx >= 0, found.reshape(idx.shape), -1)
+
+
+def _listed(copied: Int[Array, "B K N"], line: Int[Array, "B K N"], n: int) -> tuple[Array, ...]:
+    """Returns the n places that may be copied: many tokens may have named few blocks."""
+    if n == copied.shape[2]:
+        return copied, line
+    rank = jnp.where(copied >= 0, jnp.cumsum(copied >= 0, axis=2) - 1, n)
+    b, k = jnp.arange(len(rank))[:, None, None], jnp.arange(rank.shape[1])[:, None]
+    none = jnp.full((*rank.shape[:2], n), -1, jnp.int32)
+    return tuple(none.at[b, k, rank].set(x, mode="drop") for x in (copied, line))
 
 
 def _oldest(used: Int[Array, "B K C"], now: Int[Array, " B"], new: Array) -> Int[Array, "B K N"]:
@@ -189,7 +210,7 @@ def whole(tier: Tier, far: tuple, slots: tuple[int, ...]) -> tuple[Float[Array, 
         # After this layer's rows are known, and not for all layers when the program begins.
         store, _ = jax.lax.optimization_barrier((store, new))
         here = jax.device_put(store, jax.memory.Space.Device)
-        here = decode_codes(here, slots).astype(new.dtype)
+        here = as_rows(here, slots).astype(new.dtype)
         rows.append(here.at[b, row].set(new, mode="drop"))
     return tuple(rows)
 
@@ -254,7 +275,7 @@ def check_memory(state: Any) -> None:
     state: shapes of the layers.
     """
     stores = [store for kv in state if kv.tier is not None for store in (kv.k, kv.v)]
-    rows = [store.codes if isinstance(store, Codes) else store for store in stores]
+    rows = jax.tree.leaves([store.codes if isinstance(store, Codes) else store for store in stores])
     needed, free = sum(x.size * x.dtype.itemsize for x in rows), _free()
     if free is not None and needed > free:
         raise MemoryError(

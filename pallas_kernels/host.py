@@ -1,14 +1,24 @@
-"""Reads rows of arrays that may lie in host memory, by XLA alone."""
+"""Lays rows out in host memory, and reads them there by XLA alone."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Int, Shaped
 
-__all__ = ["RUN", "Blocks", "on_host", "take_rows"]
+from pallas_kernels.attention import decode_codes, starts
+
+__all__ = [
+    "RUN", "Blocks", "Pages", "as_pages", "as_rows", "empty_pages", "on_host", "pack", "take_rows", "unpack",
+]  # fmt: skip
 
 RUN = 32  # rows in a tile of the smallest type: what a TPU reads and writes as a whole
+_LANES = 256  # a TPU's copies from host memory take whole tiles of 4 KiB, two in a row at least
+_PAGE = 8 * 4 * _LANES  # bytes of a row of tiles
 
 
 @dataclass(frozen=True)
@@ -50,3 +60,89 @@ def take_rows(x: Array, at: Int[Array, "B *n P"]) -> Array:
         return None, jax.device_put(run, jax.memory.Space.Device)[rows - first]
 
     return jax.lax.scan(read, None, at.reshape(-1, at.shape[-1]))[1].reshape(*at.shape, -1)
+
+
+@struct.dataclass
+class Pages:
+    """Rows in whole blocks of 32-bit words, which is how a TPU copies from host memory.
+
+    Every head begins with a block of its own; beyond a head's capacity its last block holds anything.
+    """
+
+    words: Any  # [B ΣN U 256] int32, U a multiple of 8; see `pack`
+    dtype: Any = struct.field(pytree_node=False)  # of the rows
+    head_dim: int = struct.field(pytree_node=False)  # D
+
+    @property
+    def block(self) -> int:
+        """Slots of a block, P."""
+        return math.prod(self.words.shape[2:]) * 4 // (self.head_dim * self.dtype.itemsize)
+
+
+def empty_pages(batch: int, blocks: Blocks, head_dim: int, dtype: Any) -> Pages:
+    """Makes pages of zeros.
+
+    Raises:
+        ValueError: for blocks that are no whole pages.
+
+    Example:
+        >>> pages = empty_pages(1, Blocks((80, 32), 32), 128, jnp.bfloat16)
+        >>> pages.words.shape, pages.block
+        ((1, 4, 8, 256), 32)
+    """
+    dtype = jnp.dtype(dtype)
+    row_bytes = head_dim * dtype.itemsize
+    if blocks.size * row_bytes % _PAGE or 4 % dtype.itemsize:
+        raise ValueError(
+            f"from host memory a TPU copies whole pages of {_PAGE // 1024} KiB, got blocks of {blocks.size} "
+            f"slots of {row_bytes} bytes: take a multiple of {_PAGE // math.gcd(_PAGE, row_bytes)} slots"
+        )
+    shape = (batch, sum(blocks.counts), blocks.size * row_bytes // (4 * _LANES), _LANES)
+    return Pages(jnp.zeros(shape, jnp.int32), dtype, head_dim)
+
+
+def pack(rows: Shaped[Array, "*n P D"]) -> Int[Array, "*n U 256"]:
+    """Returns blocks as words: a word holds one channel of 4 / itemsize rows, equally far apart.
+
+    So a TPU unpacks by shifts. Neighbouring channels in a word would be an axis of two, which it pads to 128.
+    """
+    size = rows.dtype.itemsize
+    kind = jnp.dtype(f"uint{8 * size}")
+    parts = jnp.split(jax.lax.bitcast_convert_type(rows, kind).astype(jnp.uint32), 4 // size, axis=-2)
+    words = sum(part << (8 * size * i) for i, part in enumerate(parts))
+    return jax.lax.bitcast_convert_type(words, jnp.int32).reshape(*rows.shape[:-2], -1, _LANES)
+
+
+def unpack(words: Int[Array, "*n U 256"], dtype: Any, head_dim: int) -> Shaped[Array, "*n P D"]:
+    """Returns the rows of blocks that `pack` made."""
+    size = jnp.dtype(dtype).itemsize
+    kind = jnp.dtype(f"uint{8 * size}")
+    words = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(*words.shape[:-2], -1, head_dim)
+    parts = [(words >> (8 * size * i)).astype(kind) for i in range(4 // size)]
+    return jax.lax.bitcast_convert_type(jnp.concatenate(parts, axis=-2), dtype)
+
+
+def as_pages(x: Shaped[Array, "B R D"], blocks: Blocks) -> Pages:
+    """Returns pages that hold the packed rows of all heads.
+
+    Raises:
+        ValueError: for blocks that are no whole pages.
+    """
+    pages, parts = empty_pages(x.shape[0], blocks, x.shape[2], x.dtype), []
+    for at, size, n in zip(starts(blocks.slots), blocks.slots, blocks.counts, strict=False):
+        rows = jnp.pad(x[:, at : at + size], ((0, 0), (0, n * blocks.size - size), (0, 0)))
+        parts.append(rows.reshape(x.shape[0], n, blocks.size, x.shape[2]))
+    return pages.replace(words=pack(jnp.concatenate(parts, axis=1)))
+
+
+def as_rows(store: Any, slots: tuple[int, ...]) -> Shaped[Array, "B R D"]:
+    """Returns the rows of a store that lies on the device, in float32 where it holds codes."""
+    if not isinstance(store, Pages):
+        return decode_codes(store, slots)
+    blocks = Blocks(slots, store.block)
+    rows = unpack(store.words, store.dtype, store.head_dim).reshape(len(store.words), -1, store.head_dim)
+    if rows.shape[1] == sum(slots):
+        return rows
+    first = starts(blocks.counts) * blocks.size
+    at = np.concatenate([at + np.arange(size) for at, size in zip(first, slots, strict=False)])
+    return rows[:, at]

@@ -21,6 +21,7 @@ class Spec(abc.ABC):
     """One case of an op; subclasses are frozen dataclasses of its sizes."""
 
     uses: tuple[str, ...]  # of "test", "bench", "tune"
+    platforms: tuple[str, ...] = ("gpu", "tpu")  # that the case is for
 
     @property
     @abc.abstractmethod
@@ -67,3 +68,7 @@ class Op:
     def name(self) -> str:
         """The public function's name."""
         return self.call.__name__
+
+    def has_kernel(self, spec: Spec, platform: str) -> bool:
+        """Says whether a platform has a kernel for a case."""
+        return platform in self.platforms and platform in spec.platforms

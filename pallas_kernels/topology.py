@@ -19,6 +19,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from pallas_kernels import backend
+from pallas_kernels.host import on_host
 
 __all__ = ["DEVICES", "Described", "environment"]
 
@@ -74,11 +75,13 @@ class Described:
         return len(self._topology().devices)
 
     def spread(self, tree: Any, specs: Any = None) -> Any:
-        """Puts shapes on the described device, or by partition specs on all, over one axis "x"."""
+        """Puts shapes on the described device, or by partition specs on all, over one axis "x".
+
+        On a TPU, what `jax.eval_shape` made for host memory is put there (JAX 0.10 does not tell).
+        """
         devices = self._topology().devices
         if specs is None:
-            one = SingleDeviceSharding(devices[0])
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), tree)
+            return jax.tree.map(lambda x: x.update(sharding=self._place(x, devices[0])), tree)
         mesh = self.mesh()
         return jax.tree.map(
             lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)),
@@ -110,6 +113,10 @@ class Described:
             return contextlib.nullcontext()
         device = jax.sharding.AbstractDevice(device_kind=self.kind, num_cores=None, platform="cuda")
         return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device))
+
+    def _place(self, x: jax.ShapeDtypeStruct, device: Any) -> SingleDeviceSharding:
+        far = self.platform == "tpu" and on_host(x)
+        return SingleDeviceSharding(device, memory_kind="pinned_host" if far else None)
 
     def _topology(self) -> Any:
         jax.devices()  # finds the plugins

@@ -1,14 +1,13 @@
-"""Compiles the programs of A²ATS with K and V on the host for an H100, and prints what XLA makes of them.
+"""Compiles programs that touch K and V in host memory, by name, for a described TPU: a JSON line each.
 
-Run by unit/test_tiers.py in a process of its own, since some failures of this compiler end the process.
+Run by unit/test_host_programs.py, since some failures of these compilers end the process.
 """
 
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from method_cases import codebooks
 
 from experiments import decode_model
@@ -16,46 +15,49 @@ from kvjax import loop, tiers
 from kvjax.methods.a2ats import A2ATS
 from kvjax.sampling import Sampling
 from pallas_kernels import dispatch
+from pallas_kernels.host import on_host
 from pallas_kernels.topology import Described
 
-BATCH, SLOTS, CHUNK, LAYERS = 2, 2048, 512, 6
+BATCH, SLOTS, CHUNK = 1, 8000, 256  # what steps read is little beside it
 
 
-def programs(host_bits):
-    """The programs, traced with small arrays in the host memory of this machine."""
-    model = decode_model.random("tiny", decode_model.config_of("tiny", LAYERS), 0)
-    method = A2ATS(60, codebooks(model), far=64, tier="host", host_bits=host_bits)
-    program = loop.Program.of(model, method)
-    state = loop.init_state(model, method, BATCH, SLOTS)
-    wide = loop.settle(state, CHUNK)
-    limits, logits = Sampling().limits(), jnp.zeros((BATCH, model.config.vocab_size))
-    forced, ids = np.full((BATCH, tiers.STEPS), -1, np.int32), np.zeros((BATCH, CHUNK), np.int32)
-    steps = np.int32(tiers.STEPS)
-    options = {"program": program, "keep_logits": False}
-    return {
-        "flush": lambda: loop._flush.trace(state[0]),
-        "decode": lambda: loop._decode.trace(model.params, logits, state, forced, steps, limits, **options),
-        "read": lambda: loop._read.trace(model.params, ids, ids, wide, program=program, n_queries=1),
-    }
+def programs(at: Described):
+    """Yields the programs by name with their arguments' shapes: those of a prompt, of steps, and between."""
+    model = decode_model.abstract("tiny", decode_model.config_of("tiny", 2))
+    method = A2ATS(topk=8, calibration=codebooks(model), far=64, tier="host", host_block=32, hot=0)
+    state = jax.eval_shape(lambda: loop.init_state(model, method, BATCH, SLOTS))
+    resized = lambda kv: kv.replace(tier=tiers.resize(kv.tier, CHUNK))  # noqa: E731
+    wide = jax.eval_shape(lambda state: tuple(map(resized, state)), state)
+    one, some, many = (jax.ShapeDtypeStruct((BATCH, n), jnp.int32) for n in (1, tiers.STEPS, CHUNK))
+    logits = jax.ShapeDtypeStruct((BATCH, model.config.vocab_size), jnp.float32)
+    params, logits, state, wide, one, some, many = at.spread(
+        (model.params, logits, state, wide, one, some, many)
+    )
+    program = {"program": loop.Program.of(model, method)}
+    limits = Sampling().limits()
+    yield "chunk of a prompt", loop._read, (params, many, many, wide), program | {"n_queries": 1}
+    yield "step", loop._step, (params, one, one, state), program
+    steps = {"limits": limits, "keep_logits": False}
+    yield "steps", loop._decode, (params, logits, state, some, jnp.int32(3)), program | steps
+    yield "flush", loop._flush, (state[0],), {}
+    yield "flush of a chunk", loop._flush, (wide[0],), {}
 
 
-def main() -> None:
-    cudnn.check_cudnn_version = lambda: 91200  # described devices have no cuDNN to ask; XLA needs none
-    at = Described("h100")
-    for bits in (None, 8):
-        for name, trace in programs(bits).items():
-            with at.compiling(), dispatch.watch() as taken:
-                compiled = at.compile(trace())
-            memory = compiled.get_compiled_memory_stats()
-            sizes = {key: getattr(memory, key) for key in dir(memory) if key.endswith("in_bytes")}
-            (module,) = compiled.hlo_modules()
-            copies = sum("copy-start" in line and "S(5)" in line for line in module.to_string().splitlines())
-            print(
-                json.dumps({"name": name, "bits": bits, "taken": taken, "host_copies": copies} | sizes),
-                flush=True,
-            )
+def main(device: str, *names: str) -> None:
+    at = Described(device)
+    with at.compiling():
+        for name, run, args, options in programs(at):
+            if name not in names:
+                continue
+            with dispatch.watch() as taken:
+                lowered = run.lower(*args, **options)
+            memory = lowered.compile().memory_analysis()
+            far = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(args) if on_host(x))
+            line = {"name": name, "taken": taken, "far_bytes": far, "temp_bytes": memory.temp_size_in_bytes}
+            for kind in ("argument", "output", "alias", "temp"):
+                line[f"host_{kind}_bytes"] = getattr(memory, f"host_{kind}_size_in_bytes")
+            print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    jax.devices()
-    main()
+    main(*sys.argv[1:])

@@ -9,7 +9,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.attention import Codes
 from pallas_kernels.backend import debug_check
 from pallas_kernels.fetch_rows import gpu, reference, tpu
-from pallas_kernels.host import Blocks, on_host
+from pallas_kernels.host import Blocks, Pages, on_host
 
 __all__ = ["fetch_rows"]
 
@@ -36,7 +36,8 @@ def fetch_rows(
 
     Args:
         near: lines of all heads, one head after the other; donate it, and it is written in place.
-        far: rows [B R D] of near's type, or `Codes` of 8 bits with a scale per row. R = Σ slots.
+        far: rows [B R D] of near's type, `Codes` of 8 bits with a scale per row, or, which alone a TPU's
+            kernel takes, `Pages` of P slots. R = Σ slots.
         staged: the newest rows of each head.
         idx: blocks to copy, counted from the head's first slot; -1 copies nothing.
         line: where to; -1 copies nothing. No line is named twice.
@@ -60,15 +61,8 @@ def fetch_rows(
         >>> fetch_rows(-jnp.ones((1, 3, 1)), far, staged, idx, line, first, blocks=Blocks((6,)))[0, :, 0]
         Array([ 9., -1.,  1.], dtype=float32)
     """
+    _check_stores(near, far, blocks)
     slots, block, (batch, n_rows, size) = blocks.slots, blocks.size, near.shape
-    codes = far.codes if isinstance(far, Codes) else far
-    if codes.shape != (batch, sum(slots), size) or n_rows % (len(slots) * block):
-        raise ValueError(
-            f"near holds whole lines of every head and far a row per slot, got {near.shape=} and "
-            f"{codes.shape} for {blocks=}"
-        )
-    if isinstance(far, Codes) and (far.bits, far.block) != (8, None):
-        raise ValueError(f"codes have 8 bits and a scale per row, got {far.bits=}, {far.block=}")
     heads = (batch, len(slots))
     if staged.shape[:2] + staged.shape[3:] != (*heads, size) or staged.dtype != near.dtype:
         raise ValueError(f"staged rows are [B K W D] of near's type, got {staged.shape} {staged.dtype}")
@@ -84,3 +78,22 @@ def fetch_rows(
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     at = tuple(x.astype("int32") for x in (idx, line, first))
     return dispatch.run("fetch_rows", impl, impls, near, far, staged, *at, blocks=blocks)
+
+
+def _check_stores(near: Any, far: Any, blocks: Blocks) -> None:
+    """Raises ValueError where lines and far rows do not fit the blocks."""
+    (batch, n_rows, size), pages = near.shape, isinstance(far, Pages)
+    if pages and (far.block, far.head_dim, far.dtype) != (blocks.size, size, near.dtype):
+        raise ValueError(
+            f"pages hold blocks of near's rows, got {far.block} rows of {far.head_dim} {far.dtype} for "
+            f"{near.shape=}, {near.dtype} and {blocks=}"
+        )
+    rows = far.words if pages else far.codes if isinstance(far, Codes) else far
+    wanted = (batch, sum(blocks.counts)) if pages else (batch, sum(blocks.slots), size)
+    if rows.shape[: len(wanted)] != wanted or n_rows % (len(blocks.slots) * blocks.size):
+        raise ValueError(
+            f"near holds whole lines of every head and far a row per slot, got {near.shape=} and "
+            f"{rows.shape} for {blocks=}"
+        )
+    if isinstance(far, Codes) and (far.bits, far.block) != (8, None):
+        raise ValueError(f"codes have 8 bits and a scale per row, got {far.bits=}, {far.block=}")

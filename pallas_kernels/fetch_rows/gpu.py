@@ -12,7 +12,7 @@ import numpy as np
 
 from pallas_kernels.attention import starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
-from pallas_kernels.host import Blocks
+from pallas_kernels.host import Blocks, Pages
 from pallas_kernels.rows_gpu import decode_rows, lanes, load_rows
 
 __all__ = ["run"]
@@ -28,6 +28,8 @@ def run(near, far, staged, idx, line, first, *, blocks: Blocks):
     """
     if near.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the kernel takes float32, bfloat16 and float16, got {near.dtype}")
+    if isinstance(far, Pages):
+        raise NotImplementedError("pages are a TPU's, whose kernel copies no rows: give rows or codes")
     (batch, n_heads, n), slots = idx.shape, blocks.slots
     heads = jnp.asarray(np.stack([starts(slots)[:-1], slots], axis=1), jnp.int32)
     return gpu_call(

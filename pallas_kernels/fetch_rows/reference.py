@@ -1,9 +1,10 @@
 """Copies by gather and scatter, block by block from host memory: the specification of the kernels."""
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import Codes, decode_codes, starts
-from pallas_kernels.host import Blocks, take_rows
+from pallas_kernels.host import Blocks, Pages, as_rows, take_rows
 
 __all__ = ["run"]
 
@@ -26,6 +27,8 @@ def run(near, far, staged, idx, line, first, *, blocks: Blocks):
 
 def _rows(far, row, slots: tuple[int, ...]):
     """Returns the rows of a store at row [B K N P]."""
+    if isinstance(far, Pages):
+        far = as_rows(jax.device_put(far, jax.memory.Space.Device), slots)
     if not isinstance(far, Codes):
         return take_rows(far, row)
     parts = (take_rows(x, row) for x in (far.codes, far.scale, far.zero))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import tolerance
 from pallas_kernels.attention import quantize, starts
 from pallas_kernels.fetch_rows import fetch_rows
-from pallas_kernels.host import Blocks
+from pallas_kernels.host import Blocks, as_pages
 from pallas_kernels.op import Op, Spec
 
 __all__ = ["OP", "FetchSpec"]
@@ -19,7 +19,7 @@ __all__ = ["OP", "FetchSpec"]
 class FetchSpec(Spec):
     """Sizes in the alphabet; lines: of each head. chosen: N, of which a fifth is none unless full.
 
-    host: far lies in pinned host memory (a compilation for a described device ignores it).
+    host: far lies in pinned host memory. paged: as `Pages`.
     """
 
     batch: int
@@ -33,12 +33,19 @@ class FetchSpec(Spec):
     bits: int = 16
     full: bool = False
     host: bool = False
+    paged: bool = False
     uses: tuple[str, ...] = ("test",)
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """A TPU has pages, and a GPU all else."""
+        return ("tpu",) if self.paged else ("gpu",)
 
     @property
     def name(self) -> str:
         """For example b2-k8-d128-s4096-p1x24of96-bfloat16."""
         kind = self.dtype if self.bits == 16 else f"int{self.bits}-{self.dtype}"
+        kind += "-paged" if self.paged else ""
         sizes = f"b{self.batch}-k{len(self.slots)}-d{self.head_dim}-s{max(self.slots)}"
         return f"{sizes}-p{self.block}x{self.chosen}of{self.lines}-{kind}{'-host' if self.host else ''}"
 
@@ -57,6 +64,8 @@ class FetchSpec(Spec):
             far = quantize(far, self.bits, self.slots, None)
         elif not self.full:
             far = jnp.where((read & jnp.concatenate(old))[..., None], far, jnp.nan)
+        if self.paged:
+            far = as_pages(far, Blocks(self.slots, self.block))
         if self.host:
             far = jax.device_put(far, jax.memory.Space.Host)
         first = jnp.broadcast_to(first, (self.batch, n_heads))
@@ -107,8 +116,13 @@ SPECS = (
     FetchSpec(1, 128, (256, 128), 32, 6, 4, 40, "bfloat16"),
     FetchSpec(1, 128, (96, 70), 1, 40, 30, 9, "bfloat16", bits=8),
     FetchSpec(1, 64, (96, 70), 8, 9, 6, 9, "float32", bits=8),
+    FetchSpec(2, 128, (192, 80), 32, 5, 3, 40, paged=True),  # a last block cut short
+    FetchSpec(1, 128, (96, 70), 16, 4, 4, 20, "float32", paged=True),
+    FetchSpec(1, 64, (512,), 128, 3, 2, 30, "float16", paged=True),
     *(FetchSpec(8, 128, (32768,) * 8, p, 1024 // p, 1024 // p, 64, host=True, **_TIMED) for p in (1, 16, 64)),
     FetchSpec(8, 128, (32768,) * 8, 1, 1024, 1024, 64, bits=8, host=True, **_TIMED),
+    FetchSpec(8, 128, (32768,) * 8, 32, 64, 64, 64, paged=True, host=True, **_TIMED),
+    FetchSpec(8, 128, (32768,) * 8, 128, 16, 16, 64, paged=True, host=True, **_TIMED),
 )
 
 OP = Op(fetch_rows, SPECS)

@@ -18,7 +18,7 @@ __all__ = ["OP", "SparseSpec"]
 class SparseSpec(Spec):
     """Sizes in the alphabet; chosen: N. full: mass 1 everywhere and no index of none.
 
-    host: k and v lie in pinned host memory (a compilation for a described device ignores it).
+    host: k and v lie in pinned host memory (a compilation for a described GPU ignores it).
     """
 
     batch: int
@@ -33,6 +33,11 @@ class SparseSpec(Spec):
     full: bool = False
     host: bool = False
     uses: tuple[str, ...] = ("test",)
+
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """Only a GPU reads rows in host memory."""
+        return ("gpu",) if self.host else ("gpu", "tpu")
 
     @property
     def name(self) -> str:

@@ -1,25 +1,27 @@
 """Writes the newest rows of a cache to where it lies, which may be host memory."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels.backend import debug_check
-from pallas_kernels.host import on_host
+from pallas_kernels.host import Blocks, Pages, on_host
 from pallas_kernels.stow_rows import gpu, reference
 
 __all__ = ["stow_rows"]
 
 
 def stow_rows(
-    far: Shaped[Array, "B R D"],
+    far: Any,
     staged: Shaped[Array, "B K W D"],
     first: Int[Array, "B K"],
     end: Int[Array, "B K"],
     *,
     slots: tuple[int, ...],
     impl: str | None = None,
-) -> Shaped[Array, "B R D"]:
+) -> Any:
     """Returns `far` with slots first to end-1 of every head taken from its staged rows.
 
     Slot first + j becomes row j of `staged`; those beyond the head's capacity are dropped.
@@ -29,7 +31,8 @@ def stow_rows(
     memory.
 
     Args:
-        far: the rows of all heads, one head after the other, of any type. R = Σ slots.
+        far: the rows [B R D] of all heads, one head after the other, of any type, or `Pages`, of which whole
+            blocks are read and written. R = Σ slots.
         staged: rows of the same type, on the device.
         first: the slot of the first staged row of each head.
         end: the slot after the last one, at most first + W.
@@ -51,9 +54,14 @@ def stow_rows(
         Array([0., 5., 6., 0.], dtype=float32)
     """
     batch, n_heads, window, size = staged.shape
-    if far.shape != (batch, sum(slots), size) or len(slots) != n_heads or far.dtype != staged.dtype:
+    if isinstance(far, Pages):
+        shape = (*far.words.shape[:2], far.head_dim)
+        wanted = (batch, sum(Blocks(slots, far.block).counts), size)
+    else:
+        shape, wanted = far.shape, (batch, sum(slots), size)
+    if shape != wanted or len(slots) != n_heads or far.dtype != staged.dtype:
         raise ValueError(
-            f"far has a row per slot and staged rows are of its type, got {far.shape} {far.dtype} and "
+            f"far has a row per slot and staged rows are of its type, got {shape} {far.dtype} and "
             f"{staged.shape} {staged.dtype} for {slots=}"
         )
     if first.shape != (batch, n_heads) or end.shape != (batch, n_heads):

@@ -6,7 +6,7 @@ import numpy as np
 
 from pallas_kernels.attention import starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
-from pallas_kernels.host import on_host
+from pallas_kernels.host import Pages, on_host
 from pallas_kernels.rows_gpu import lanes
 
 __all__ = ["run"]
@@ -15,7 +15,13 @@ _TILE = 32
 
 
 def run(far, staged, first, end, *, slots: tuple[int, ...]):
-    """Returns what `reference.run` returns."""
+    """Returns what `reference.run` returns.
+
+    Raises:
+        NotImplementedError: for pages.
+    """
+    if isinstance(far, Pages):
+        raise NotImplementedError("pages are a TPU's, which writes them by XLA: give rows")
     batch, n_heads, window, _ = staged.shape
     heads = jnp.asarray(np.stack([starts(slots)[:-1], slots], axis=1), jnp.int32)
     out = gpu_call(

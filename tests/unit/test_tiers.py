@@ -1,11 +1,5 @@
 """Rows in host memory: lines against a plain model of them, equality with the device, and what is refused."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +15,15 @@ from kvjax.methods import per_layer
 from kvjax.methods.a2ats import A2ATS
 from kvjax.models.config import RopeConfig
 from kvjax.sampling import Sampling
-from pallas_kernels.topology import environment
+from pallas_kernels.backend import Target, aim
+from pallas_kernels.host import Blocks, Pages, as_pages, as_rows
 
-TESTS = Path(__file__).parents[1]
 MODEL = MODELS["G2"]
 BOOKS = codebooks(MODEL)
 STEPS = tiers.STEPS + 9  # two programs
 RNG = np.random.default_rng(5)
 FORCED = RNG.integers(0, 97, (2, STEPS)).astype(np.int32)
+TPU = Target("tpu", "described")
 
 
 def a2ats(**settings) -> A2ATS:
@@ -68,6 +63,23 @@ def test_the_host_holds_what_the_device_would(on_device):
         for name in ("k", "v"):
             mine, theirs = (np.asarray(getattr(x, name))[alive] for x in (kv, other))
             np.testing.assert_array_equal(mine, theirs)
+
+
+def test_pages_of_a_tpu_give_the_bits_of_the_device(on_device):
+    method = a2ats(tier="host", host_block=128)  # a page; the second one of a head is cut short
+    with aim(TPU):
+        state = loop.init_state(MODEL, method, 2, 96 + STEPS)
+    logits, state = kvjax.prefill(MODEL, PROMPTS, method, state=state, chunk=32)
+    _, _, state, kept = loop.decode(MODEL, logits, state, method, FORCED, keep_logits=True)
+    np.testing.assert_array_equal(kept, on_device[1])
+    for kv, other in zip(state, on_device[2], strict=True):
+        alive = np.asarray(kv.mass) > 0
+        for name in ("k", "v"):
+            pages = getattr(kv, name)
+            assert isinstance(pages, Pages)
+            assert pages.words.sharding.memory_kind == "pinned_host"
+            rows = as_rows(jax.device_put(pages, jax.memory.Space.Device), kv.slots)
+            np.testing.assert_array_equal(rows[alive], np.asarray(getattr(other, name))[alive])
 
 
 def test_prompts_of_different_lengths_that_go_on_and_stop():
@@ -134,11 +146,12 @@ class Lines:
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), block=st.sampled_from([1, 4]), lines=st.integers(6, 14))
+@given(seed=st.integers(0, 10_000), block=st.sampled_from([1, 4, 16]), lines=st.integers(6, 14))
 def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block, lines):
-    rng = np.random.default_rng(seed)
-    slots, size, n = (40, 26), 8, 6
-    far = tuple(jnp.asarray(rng.normal(size=(1, sum(slots), size)), jnp.float32) for _ in range(2))
+    rng, paged = np.random.default_rng(seed), block == 16
+    slots, size, n = ((160, 104), 128, 6) if paged else ((40, 26), 8, 6)
+    rows = tuple(jnp.asarray(rng.normal(size=(1, sum(slots), size)), jnp.float32) for _ in range(2))
+    far = tuple(as_pages(x, Blocks(slots, block)) if paged else x for x in rows)
     how = tiers.Host(lines=lines, block=block)
     tier = tiers.empty(1, slots, size, jnp.float32, how)
     tier = tier.replace(first=jnp.asarray([slots], jnp.int32))
@@ -161,41 +174,12 @@ def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block
                 if b < 0:
                     continue
                 first = sum(slots[:k]) + b * block
-                rows = min(block, slots[k] - b * block)
+                full = min(block, slots[k] - b * block)
                 here = k * lines * block + at * block
-                for store, lies in zip(far, (tier.k, tier.v), strict=True):
-                    np.testing.assert_array_equal(lies[0, here : here + rows], store[0, first : first + rows])
+                for store, lies in zip(rows, (tier.k, tier.v), strict=True):
+                    np.testing.assert_array_equal(lies[0, here : here + full], store[0, first : first + full])
     assert int(tier.missed.sum()) == missed
     assert len({b for b in np.asarray(tier.held)[0, 0] if b >= 0}) == (np.asarray(tier.held)[0, 0] >= 0).sum()
-
-
-@pytest.fixture(scope="module")
-def for_h100():
-    """What XLA makes of each program for an H100, with the host's arrays as parameters."""
-    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, Path(sys.prefix) / "compilers")))
-    run = subprocess.run(
-        [sys.executable, TESTS / "host_child.py"], env=os.environ | environment() | {"PYTHONPATH": path},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
-    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
-    return {(line["name"], line["bits"]): line for line in lines}
-
-
-@pytest.mark.parametrize("bits", [None, 8])
-def test_programs_for_a_gpu_write_to_the_host_in_place_and_copy_little_of_it(for_h100, bits):
-    flush, decode, read = (for_h100[name, bits] for name in ("flush", "decode", "read"))
-    one = 8 * 2048 * 128 * 2 * (2 if bits is None else 1)  # bytes of a layer's keys on the host
-    assert {"fetch_rows", "sparse_decode_attention"} <= decode["taken"].keys()
-    for line, n_layers in ((flush, 1), (decode, 6), (read, 6)):
-        assert set(line["taken"].values()) <= {"gpu"}
-        for kind in ("argument", "output", "alias"):
-            assert line[f"host_{kind}_size_in_bytes"] == 2 * n_layers * one
-        assert line["host_temp_size_in_bytes"] == 0
-    assert flush["host_copies"] == decode["host_copies"] == 0  # rows cross the bus inside kernels
-    assert read["host_copies"] == 2 * 6
-    layer = 2 * 2 * 8 * 2048 * 128 * 2  # bytes of one layer on the device
-    assert read["temp_size_in_bytes"] < 1.5 * 6 * layer  # a prompt reads layer by layer: all at once, 2.6
 
 
 def test_a_step_that_reads_more_than_the_lines_is_refused():
@@ -274,6 +258,18 @@ def test_fewer_hot_tokens_than_a_step_reads_are_refused():
     layer = Layer(2, 2, 16, RopeConfig(), 0.25)
     with pytest.raises(ValueError, match=r"at least what a step may read, 36, got self.hot=20"):
         method.init(layer, 1, (100, 100), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"host_block": 64}, ValueError, "pages of 8 KiB.*blocks of 64 slots of 64 bytes.*multiple of 128"),
+        ({"host_block": 128, "host_bits": 8}, NotImplementedError, r"got how\.bits=8: take None"),
+    ],
+)
+def test_what_a_tpu_cannot_keep_on_the_host_is_refused(settings, error, message):
+    with aim(TPU), pytest.raises(error, match=message):
+        loop.init_state(MODEL, a2ats(tier="host", **settings), 1, 200)
 
 
 def test_a_method_of_a_chain_keeps_its_rows_on_the_device():

@@ -1,0 +1,123 @@
+"""Pages hold what rows hold, whoever reads and writes them, and are refused where they do not fit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import fetch_rows, stow_rows
+from pallas_kernels.backend import Target, aim
+from pallas_kernels.host import Blocks, Pages, as_pages, as_rows, empty_pages, on_host, pack, unpack
+
+HOST = jax.memory.Space.Host
+RNG = np.random.default_rng(3)
+SLOTS = (80, 64)  # a last block cut short
+
+
+def rows(*shape, dtype="bfloat16"):
+    return jnp.asarray(64 * RNG.normal(size=shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "uint8"])
+def test_words_give_the_bits_of_the_rows(dtype):
+    block = 64 if dtype == "uint8" else 32
+    x = jnp.abs(rows(2, 3, block, 128, dtype=dtype))
+    words = pack(x)
+    assert (words.shape[-1], words.dtype, words.nbytes) == (256, jnp.int32, x.nbytes)
+    np.testing.assert_array_equal(unpack(words, x.dtype, 128), x)
+
+
+def test_a_word_of_a_page_holds_rows_half_a_block_apart():
+    x = rows(32, 128)
+    high, low = np.divmod(np.asarray(pack(x)).view(np.uint32), 1 << 16)
+    bits = np.asarray(x).view(np.uint16).reshape(2, 8, 256)
+    np.testing.assert_array_equal(np.stack([low, high]), bits)
+
+
+def test_pages_give_the_rows_of_heads_that_end_within_one():
+    x, blocks = rows(2, sum(SLOTS), 128), Blocks(SLOTS, 32)
+    pages = as_pages(x, blocks)
+    assert (pages.words.shape, pages.block) == ((2, 5, 8, 256), 32)
+    np.testing.assert_array_equal(as_rows(pages, SLOTS), x)
+    np.testing.assert_array_equal(as_rows(x, SLOTS), x)
+
+
+@pytest.mark.parametrize("place", [jax.memory.Space.Device, HOST])
+def test_rows_are_written_into_pages_as_into_rows(place):
+    x, staged = rows(2, sum(SLOTS), 128), rows(2, 2, 40, 128)
+    first, end = jnp.asarray([[70, 3], [31, 60]]), jnp.asarray([[90, 43], [31, 99]])
+    expected = stow_rows(x, staged, first, end, slots=SLOTS)
+    pages = jax.device_put(as_pages(x, Blocks(SLOTS, 32)), place)
+    out = jax.jit(lambda *args: stow_rows(*args, slots=SLOTS))(pages, staged, first, end)
+    assert on_host(out) == (place == HOST)
+    np.testing.assert_array_equal(as_rows(jax.device_put(out, jax.memory.Space.Device), SLOTS), expected)
+
+
+@pytest.mark.parametrize("first", [0, 20, 64])
+def test_lines_are_of_pages_as_of_rows(first):
+    """Rows that neither a page nor the staged ones hold stay as they were."""
+    x, blocks, near = rows(1, sum(SLOTS), 128), Blocks(SLOTS, 32), rows(1, 2 * 4 * 32, 128)
+    idx, line = jnp.asarray([[[2, 0, -1], [0, 1, 1]]]), jnp.asarray([[[1, 3, 0], [2, -1, 0]]])
+    rest = rows(1, 2, 10, 128), idx, line, jnp.full((1, 2), first)
+    expected = fetch_rows(near, x, *rest, blocks=blocks)
+    pages = as_pages(x, blocks)
+    with aim(Target("tpu", "interpreted", "forward")):
+        mine = fetch_rows(near, pages, *rest, blocks=blocks, impl="tpu")
+    of_host = fetch_rows(near, jax.device_put(pages, HOST), *rest, blocks=blocks)
+    for out in (mine, of_host, fetch_rows(near, pages, *rest, blocks=blocks, impl="reference")):
+        np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "block", "least"),
+    [
+        (128, "bfloat16", 16, 32),
+        (128, "float32", 24, 16),
+        (64, "bfloat16", 32, 64),
+        (80, "bfloat16", 64, 256),
+    ],
+)
+def test_blocks_of_parts_of_pages_are_refused(size, dtype, block, least):
+    with pytest.raises(ValueError, match=f"whole pages of 8 KiB.*take a multiple of {least} slots"):
+        empty_pages(1, Blocks((256,), block), size, dtype)
+    assert empty_pages(1, Blocks((256,), least), size, dtype).block == least
+
+
+def call(op, far, impl=None, block=32):
+    near, staged, at = rows(1, 2 * 4 * 32, 128), rows(1, 2, 8, 128), jnp.zeros((1, 2), jnp.int32)
+    if op == "stow_rows":
+        return stow_rows(far, staged, at, at, slots=SLOTS, impl=impl)
+    lists = (jnp.zeros((1, 2, 1), jnp.int32),) * 2
+    return fetch_rows(near, far, staged, *lists, at, blocks=Blocks(SLOTS, block), impl=impl)
+
+
+@pytest.mark.parametrize(
+    ("op", "change", "message"),
+    [
+        ("fetch_rows", {"block": 64}, "pages hold blocks of near's rows, got 32 rows of 128 bfloat16"),
+        ("fetch_rows", {"words": 4}, r"a row per slot, got .*\(1, 4, 8, 256\)"),
+        ("fetch_rows", {"dtype": "float16"}, "got 32 rows of 128 float16"),
+        ("stow_rows", {"words": 4}, r"a row per slot and staged rows are of its type, got \(1, 4, 128\)"),
+        ("stow_rows", {"dtype": "float16"}, "got .* float16"),
+    ],
+)
+def test_pages_that_do_not_fit_are_refused(op, change, message):
+    words = jnp.zeros((1, change.get("words", 5), 8, 256), jnp.int32)
+    pages = Pages(words, jnp.dtype(change.get("dtype", "bfloat16")), 128)
+    with pytest.raises(ValueError, match=message):
+        call(op, pages, block=change.get("block", 32))
+
+
+def test_each_kernel_takes_its_own_form():
+    x = rows(1, sum(SLOTS), 128)
+    pages = as_pages(x, Blocks(SLOTS, 32))
+    with aim(Target("gpu", "interpreted", "forward")):
+        with pytest.raises(NotImplementedError, match=r"pages are a TPU's.*give rows or codes"):
+            call("fetch_rows", pages, "gpu")
+        with pytest.raises(NotImplementedError, match=r"pages are a TPU's.*give rows"):
+            call("stow_rows", pages, "gpu")
+    with (
+        aim(Target("tpu", "interpreted", "forward")),
+        pytest.raises(NotImplementedError, match=r"a TPU copies pages, got .*pack rows by `as_pages`"),
+    ):
+        call("fetch_rows", x, "tpu")

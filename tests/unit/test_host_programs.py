@@ -1,0 +1,73 @@
+"""Compiles whole programs of A²ATS with K and V on the host for devices that are not here, in child processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from pallas_kernels.topology import environment
+
+TESTS = Path(__file__).parents[1]
+NEWEST = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
+
+
+@pytest.mark.skipif(not NEWEST, reason="before JAX 0.12 a shape is of no memory, so none lies on the host")
+@pytest.mark.parametrize(
+    ("device", "names"),
+    [
+        ("v5e", {"chunk of a prompt", "step", "steps", "flush", "flush of a chunk"}),
+        ("v5p", {"steps", "flush"}),
+        ("v6e", {"steps", "flush"}),
+    ],
+)
+def test_programs_compile_for_a_tpu_and_leave_the_rows_on_its_host(device, names):
+    path = os.pathsep.join([str(TESTS.parent), str(Path(sys.prefix) / "compilers"), *sys.path])
+    run = subprocess.run(
+        [sys.executable, TESTS / "host_child.py", device, *names],
+        env=os.environ | environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = {line["name"]: line for line in map(json.loads, run.stdout.splitlines())}
+    assert found.keys() == names
+    for name, line in found.items():
+        assert line["far_bytes"] > 0
+        for kind in ("argument", "output", "alias"):  # nothing but the rows, in place
+            assert line[f"host_{kind}_bytes"] == line["far_bytes"]
+        assert line["host_temp_bytes"] == 0
+        if name.startswith("step"):
+            assert set(line["taken"].values()) == {"tpu"}
+        if name != "chunk of a prompt":  # which reads all rows of a layer
+            assert line["temp_bytes"] < 0.6 * line["far_bytes"]
+
+
+@pytest.fixture(scope="module")
+def for_h100():
+    """What XLA makes of each program for an H100, with the host's arrays as parameters."""
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, Path(sys.prefix) / "compilers")))
+    run = subprocess.run(
+        [sys.executable, TESTS / "host_gpu_child.py"], env=os.environ | environment() | {"PYTHONPATH": path},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    return {(line["name"], line["bits"]): line for line in lines}
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_programs_for_a_gpu_write_to_the_host_in_place_and_copy_little_of_it(for_h100, bits):
+    flush, decode, read = (for_h100[name, bits] for name in ("flush", "decode", "read"))
+    one = 8 * 2048 * 128 * 2 * (2 if bits is None else 1)  # bytes of a layer's keys on the host
+    assert {"fetch_rows", "sparse_decode_attention"} <= decode["taken"].keys()
+    for line, n_layers in ((flush, 1), (decode, 6), (read, 6)):
+        assert set(line["taken"].values()) <= {"gpu"}
+        for kind in ("argument", "output", "alias"):
+            assert line[f"host_{kind}_size_in_bytes"] == 2 * n_layers * one
+        assert line["host_temp_size_in_bytes"] == 0
+    assert flush["host_copies"] == decode["host_copies"] == 0  # rows cross the bus inside kernels
+    assert read["host_copies"] == 2 * 6
+    layer = 2 * 2 * 8 * 2048 * 128 * 2  # bytes of one layer on the device
+    assert read["temp_size_in_bytes"] < 1.5 * 6 * layer  # a prompt reads layer by layer: all at once, 2.6
