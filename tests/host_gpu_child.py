@@ -1,6 +1,6 @@
 """Compiles the programs of A²ATS with K and V on the host for an H100, and prints what XLA makes of them.
 
-Run by unit/test_host_programs.py in a process of its own, since some failures of this compiler end the process.
+Run by unit/test_host_programs.py, since some failures of this compiler end the process.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Compiles whole programs of A²ATS with K and V on the host for devices that are not here, in child processes."""
+"""Compiles programs of A²ATS with K and V on the host for devices that are not here, in child processes."""
 
 import json
 import os
