@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import storage
 from kvjax.shapes import Leaf
-from pallas_kernels import Codes, fetch_rows, select_topk, stow_rows
+from pallas_kernels import Codes, assign_lines, fetch_rows, stow_rows
 from pallas_kernels.attention import starts
 from pallas_kernels.backend import debug_check, target
 from pallas_kernels.host import Blocks, as_rows, empty_pages
@@ -137,46 +137,28 @@ def bring(
     Raises:
         ValueError: for more blocks than lines.
     """
-    n_heads, lines = tier.held.shape[1:]
     blocks = Blocks(slots, tier.block)
-    needed = min(idx.shape[2], max(blocks.counts))
-    if needed > lines:
-        raise ValueError(f"lines hold what a step reads, got {needed} blocks for {lines=}: have more")
     if not tier.keep:
         none = {name: jnp.full_like(getattr(tier, name), -1) for name in ("line", "held", "used")}
         tier = tier.replace(**none)
-    row = starts(blocks.counts)[:-1, None]  # of each head in `line`
-    known = _at(tier.line, row, idx)
-    first = (idx >= 0) & (idx != jnp.pad(idx, ((0, 0), (0, 0), (1, 0)), constant_values=-1)[..., :-1])
-    new = first & (known < 0)
-    b, k = jnp.arange(len(idx))[:, None, None], jnp.arange(n_heads)[:, None]
-    used = tier.used.at[b, k, jnp.where(known >= 0, known, lines)].set(now[:, None, None], mode="drop")
-    line = jnp.where(new, _oldest(used, now, new), known)
-    place = (b, k, jnp.where(new, line, lines))
-    lost = jnp.take_along_axis(tier.held, jnp.maximum(line, 0), axis=2)  # what the new ones replace
-    nowhere = tier.line.shape[1]
-    index = tier.line.at[b, jnp.where(new & (lost >= 0), row + lost, nowhere)].set(-1, mode="drop")
-    index = index.at[b, jnp.where(new, row + idx, nowhere)].set(line, mode="drop")
-    partly = (idx + 1) * tier.block > tier.first[..., None]  # rows of it are staged, and may be newer
-    copied = jnp.where(new | (first & partly), idx, -1)
-    crossed = jnp.sum(new & (idx * tier.block < tier.first[..., None]), -1, dtype=jnp.int32)
-    lists = _listed(copied, line, needed)
+    line, held, used, place, new = assign_lines(tier.line, tier.held, tier.used, idx, now, blocks=blocks)
+    asked, copied = idx >= 0, new
+    if tier.block > 1:  # a block may have got rows since it was copied, which are staged
+        asked &= idx != jnp.pad(idx, ((0, 0), (0, 0), (1, 0)), constant_values=-1)[..., :-1]
+        partly = (idx + 1) * tier.block > tier.first[..., None]
+        copied = jnp.where(asked & partly, idx, new)
+    crossed = (new >= 0) & (new * tier.block < tier.first[..., None])
+    lists = _listed(copied, place, min(idx.shape[2], max(blocks.counts)))
     tier = tier.replace(
         k=fetch_rows(tier.k, far[0], tier.new_k, *lists, tier.first, blocks=blocks),
         v=fetch_rows(tier.v, far[1], tier.new_v, *lists, tier.first, blocks=blocks),
-        line=index,
-        held=tier.held.at[place].set(idx, mode="drop"),
-        used=used.at[place].set(now[:, None, None], mode="drop"),
-        read=tier.read + first.sum(-1, dtype=jnp.int32),
-        missed=tier.missed + crossed,
+        line=line,
+        held=held,
+        used=used,
+        read=tier.read + asked.sum(-1, dtype=jnp.int32),
+        missed=tier.missed + crossed.sum(-1, dtype=jnp.int32),
     )
-    return tier, _at(index, row, idx)
-
-
-def _at(index: Int[Array, "B M"], row: Any, idx: Int[Array, "B K N"]) -> Int[Array, "B K N"]:
-    """Looks blocks up; -1 for none, and for those that no line holds."""
-    found = jnp.take_along_axis(index, jnp.maximum(row + idx, 0).reshape(len(idx), -1), axis=1)
-    return jnp.where(idx >= 0, found.reshape(idx.shape), -1)
+    return tier, place
 
 
 def _listed(copied: Int[Array, "B K N"], line: Int[Array, "B K N"], n: int) -> tuple[Array, ...]:
@@ -187,17 +169,6 @@ def _listed(copied: Int[Array, "B K N"], line: Int[Array, "B K N"], n: int) -> t
     b, k = jnp.arange(len(rank))[:, None, None], jnp.arange(rank.shape[1])[:, None]
     none = jnp.full((*rank.shape[:2], n), -1, jnp.int32)
     return tuple(none.at[b, k, rank].set(x, mode="drop") for x in (copied, line))
-
-
-def _oldest(used: Int[Array, "B K C"], now: Int[Array, " B"], new: Array) -> Int[Array, "B K N"]:
-    """Returns a line for each new block: those read longest ago, of equals the first, none of this step."""
-    age = jnp.where(used == now[:, None, None], -jnp.inf, (now[:, None, None] - used).astype(jnp.float32))
-    # As many as there are new blocks: what is chosen beyond that lies after the last line.
-    n = new.shape[2]
-    beyond = jnp.arange(n) < n - new.sum(-1, keepdims=True)
-    oldest = select_topk(jnp.concatenate([age, jnp.where(beyond, jnp.inf, -jnp.inf)], axis=-1), n)
-    rank = jnp.maximum(jnp.cumsum(new, axis=-1) - 1, 0)
-    return jnp.where(new, jnp.take_along_axis(oldest, rank, axis=2), -1)
 
 
 def whole(tier: Tier, far: tuple, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ...]:

@@ -1,5 +1,6 @@
 """Kernels for attention over compressed caches, for GPU and TPU, each with a plain reference."""
 
+from pallas_kernels.assign_lines import assign_lines
 from pallas_kernels.attention import AttentionForm, Codes, join
 from pallas_kernels.block_bounds import block_bounds
 from pallas_kernels.bound_scores import bound_scores
@@ -18,6 +19,7 @@ from pallas_kernels.vq_scores import vq_scores
 __all__ = [
     "AttentionForm",
     "Codes",
+    "assign_lines",
     "block_bounds",
     "bound_scores",
     "chunked_similarity",

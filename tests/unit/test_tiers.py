@@ -185,7 +185,7 @@ def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block
 def test_a_step_that_reads_more_than_the_lines_is_refused():
     tier = tiers.empty(1, (40,), 8, jnp.float32, tiers.Host(lines=4))
     far = (jnp.zeros((1, 40, 8)),) * 2
-    with pytest.raises(ValueError, match="got 6 blocks for lines=4: have more"):
+    with pytest.raises(ValueError, match="got 6 blocks for 4 lines: have more"):
         tiers.bring(tier, far, jnp.zeros((1, 1, 6), jnp.int32), jnp.zeros(1, jnp.int32), (40,))
 
 

@@ -1,0 +1,113 @@
+"""Lines in Pallas Triton: a kernel looks blocks up, `select_topk` finds the lines to go, another assigns.
+
+Both have a program for each tile of one head's list. The second kernel begins where the new blocks of the
+tiles before end, which the first one has counted.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.assign_lines import reference
+from pallas_kernels.attention import starts
+from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.host import Blocks
+
+__all__ = ["run"]
+
+_TILE = 256
+
+
+def run(line, held, used, idx, now, *, blocks: Blocks):
+    """Returns what `reference.run` returns."""
+    batch, n_heads, n = idx.shape
+    n_tiles = pl.cdiv(n, _TILE)
+    row = jnp.asarray(starts(blocks.counts)[:-1])
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    grid = (batch, n_heads, n_tiles)
+    count = jax.ShapeDtypeStruct(grid, jnp.int32)
+    used, known, counts = gpu_call(
+        _look_up, used, line, idx, now, row,
+        grid=grid, out_shape=(shape(used), shape(idx), count), aliases={0: 0}, name="assign_lines_look_up",
+    )  # fmt: skip
+    oldest = reference.oldest(used, now, counts.sum(-1), n)
+    line, held, used, place, new = gpu_call(
+        functools.partial(_assign, n_tiles=n_tiles),
+        line, held, used, idx, now, row, known, counts, oldest,
+        grid=grid, out_shape=(shape(line), shape(held), shape(used), shape(idx), shape(idx)),
+        aliases={0: 0, 1: 1, 2: 2}, name="assign_lines",
+    )  # fmt: skip
+    if blocks.size > 1:  # blocks that are listed again
+        place = reference.look_up(line, idx, blocks)
+    return line, held, used, place, new
+
+
+def _listed(idx_ref, batch, head) -> tuple:
+    """Returns a tile of a head's list: places, which exist, blocks, and which are named first."""
+    at = program_id(2) * _TILE + jnp.arange(_TILE)
+    inside = at < idx_ref.shape[2]
+    idx = triton.load(idx_ref.at[batch, head, at], mask=inside, other=-1)
+    before = triton.load(idx_ref.at[batch, head, at - 1], mask=inside & (at > 0), other=-1)
+    return at, inside, idx, (idx >= 0) & (idx != before)
+
+
+def _look_up(
+    _,  # [B K C] used, which is the first output
+    line_ref,  # [B M]
+    idx_ref,  # [B K N]
+    now_ref,  # [B]
+    row_ref,  # [K] first block of each head
+    used_ref,  # [B K C] out
+    known_ref,  # [B K N] out
+    count_ref,  # [B K tiles] out
+):
+    """Finds the lines that hold blocks already, says that they are read, and counts the other blocks."""
+    batch, head = program_id(0), program_id(1)
+    at, inside, idx, first = _listed(idx_ref, batch, head)
+    known = triton.load(line_ref.at[batch, row_ref[head] + jnp.maximum(idx, 0)], mask=idx >= 0, other=-1)
+    triton.store(known_ref.at[batch, head, at], known, mask=inside)
+    # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
+    to = jnp.where(known >= 0, known, used_ref.shape[2])
+    triton.store(used_ref.at[batch, head, to], jnp.full((_TILE,), now_ref[batch]), mask=known >= 0)
+    count_ref[batch, head, program_id(2)] = jnp.sum((first & (known < 0)).astype(jnp.int32))
+
+
+def _assign(
+    _line,  # [B M], [B K C] and [B K C]: line, held and used, which are the first outputs
+    _held,
+    _used,
+    idx_ref,  # [B K N]
+    now_ref,  # [B]
+    row_ref,  # [K] first block of each head
+    known_ref,  # [B K N]
+    count_ref,  # [B K tiles]
+    oldest_ref,  # [B K N]
+    line_ref,  # [B M] out
+    held_ref,  # [B K C] out
+    used_ref,  # [B K C] out
+    place_ref,  # [B K N] out
+    new_ref,  # [B K N] out
+    *,
+    n_tiles: int,
+):
+    """Gives the new blocks of a tile their lines."""
+    batch, head, tile = program_id(0), program_id(1), program_id(2)
+    at, inside, idx, first = _listed(idx_ref, batch, head)
+    known = triton.load(known_ref.at[batch, head, at], mask=inside, other=-1)
+    new = first & (known < 0)
+    tiles = jnp.arange(pl.next_power_of_2(n_tiles))
+    before = triton.load(count_ref.at[batch, head, tiles], mask=tiles < tile, other=0)
+    rank = jnp.sum(before) + jnp.cumsum(new.astype(jnp.int32), axis=0) - 1
+    taken = triton.load(oldest_ref.at[batch, head, jnp.maximum(rank, 0)], mask=new, other=0)
+    lost = triton.load(held_ref.at[batch, head, taken], mask=new, other=-1)
+    triton.store(place_ref.at[batch, head, at], jnp.where(new, taken, known), mask=inside)
+    triton.store(new_ref.at[batch, head, at], jnp.where(new, idx, -1), mask=inside)
+    # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
+    nowhere, row = line_ref.shape[1], row_ref[head]
+    gone = new & (lost >= 0)
+    triton.store(line_ref.at[batch, jnp.where(gone, row + lost, nowhere)], jnp.full((_TILE,), -1), mask=gone)
+    triton.store(line_ref.at[batch, jnp.where(new, row + idx, nowhere)], taken, mask=new)
+    to = jnp.where(new, taken, held_ref.shape[2])
+    triton.store(held_ref.at[batch, head, to], idx, mask=new)
+    triton.store(used_ref.at[batch, head, to], jnp.full((_TILE,), now_ref[batch]), mask=new)
