@@ -32,12 +32,12 @@ def case(op, spec, at: Described) -> dict:
     return {"seconds": seconds, "temp_bytes": memory.temp_size_in_bytes, "host_bytes": far}
 
 
-def main(device: str, *names: str) -> None:
-    """Compiles every case of the named ops, or of all."""
+def main(device: str, use: str = "") -> None:
+    """Compiles every case of every op, or of those that are for one use."""
     at = Described(device)
     for name, op in ops().items():
-        for spec in op.specs if not names or name in names else ():
-            if at.platform not in spec.platforms:
+        for spec in op.specs:
+            if at.platform not in spec.platforms or (use and use not in spec.uses):
                 continue
             line = {"op": name, "spec": spec.name}
             try:
