@@ -25,7 +25,7 @@ settings.register_profile("ci", settings.get_profile("dev"), derandomize=True, d
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-_CLEAR_EVERY = 60  # tests
+_CLEAR_EVERY = 40  # tests
 
 
 @pytest.fixture(autouse=True)
