@@ -14,6 +14,10 @@ FEW = FORCED[:, :3]
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_change_nothing(name, platform):
+    if platform == "tpu" and CASES[name].tier == "host":
+        pytest.skip(
+            "a TPU's host holds pages, which tiny heads do not fill: unit/test_tiers.py has larger ones"
+        )
     model = MODELS["G2"]
     expected, _ = run(model, CASES[name], forced=FEW)
     with aim(Target(platform, "interpreted", "forward")), dispatch.watch() as taken:
