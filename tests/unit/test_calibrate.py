@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from method_cases import codebooks as method_codebooks
 from method_cases import tiny
 
 import kvjax
@@ -219,6 +220,13 @@ def test_refinement_without_queries_raises():
     one = jnp.ones((2, 2, 1, 16))
     with pytest.raises(ValueError, match="refinement takes steps and 2 queries or more"):
         refine.refine(one[:, 0], one[:, 0], one, KEY, layer=layers(MODEL.config)[0], n_steps=1)
+
+
+def test_codebooks_first_cut_inside_a_trace_serve_the_next_one():
+    books = method_codebooks(tiny(2))
+    cut = jax.jit(lambda x: x + books.layer(1).centroids)
+    np.testing.assert_array_equal(cut(0.0)[0], books.centroids[1])
+    np.testing.assert_array_equal(books.layer(1).centroids[0], books.centroids[1])  # no tracer is left
 
 
 def test_codebooks_survive_a_checkpoint(made):
