@@ -14,7 +14,7 @@ import kvjax
 from experiments import chelsea_plot, quality_plot, results
 from experiments.rows import claims, measured, start
 from experiments.scoring import Texts
-from kvjax import budgets, measure, spec, text
+from kvjax import budget_losses, budgets, measure, spec, text
 from kvjax.method import CacheMethod
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
@@ -74,6 +74,8 @@ class Quality:
         rest: tokens after it that are predicted.
         keeps: shares of the prompt's slots that are kept.
         methods: beside Chelsea with uniform and with calibrated budgets, such as snapkv:window=16.
+        refine: rounds that refine the table of budgets (`kvjax.budget_losses`); 0 leaves such rows out.
+        refined: methods that are given the refined table too, for it might be what helps.
         keys: pass keys in filler.
         novel_keys: pass keys in the first text, of those that the full cache finds.
         key_context: tokens of a text that hides a key.
@@ -91,6 +93,8 @@ class Quality:
     rest: int = 256
     keeps: tuple[float, ...] = (0.5, 0.25, 0.2, 0.1)
     methods: tuple[str, ...] = _PEERS
+    refine: int = 2
+    refined: tuple[str, ...] = ("snapkv", "h2o")
     keys: int = 30
     novel_keys: int = 25
     key_context: int = 1024
@@ -153,19 +157,28 @@ class _Tried:
 
     def methods(self, keep: float) -> Iterator[tuple[str, Callable[[int], CacheMethod]]]:
         """Yields names, and functions of a budget that make the methods."""
-        for name in self.settings.methods:
+        for name in (*self.settings.methods, "chelsea"):
             yield name, lambda budget, name=name: spec.parse(name, budget=budget)
-        yield "chelsea", Chelsea
-        yield (
-            "chelsea, calibrated",
-            lambda budget: Chelsea(self.shares(keep).table(budget, Chelsea(budget).least)),
-        )
+        yield "chelsea, calibrated", self._with_table("chelsea", keep, 0)
+        if self.settings.refine:
+            for name in (*self.settings.refined, "chelsea"):
+                yield f"{name}, refined", self._with_table(name, keep, self.settings.refine)
+
+    def _with_table(self, name: str, keep: float, n_rounds: int) -> Callable[[int], CacheMethod]:
+        def make(budget: int) -> CacheMethod:
+            table = self.shares(keep, n_rounds).table(budget, Chelsea(budget).least)
+            return spec.parse(name, budget=table)
+
+        return make
 
     @functools.cache  # noqa: B019  lives as long as the run
-    def shares(self, keep: float) -> budgets.Shares:
+    def shares(self, keep: float, n_rounds: int) -> budgets.Shares:
         """Calibrates on documents that are not scored."""
-        documents = self.documents[1][:, : self.settings.context]
-        return budgets.calibrate(self.model, documents, keep)
+        documents = self.documents[1]
+        if not n_rounds:
+            return budgets.calibrate(self.model, documents[:, : self.settings.context], keep)
+        pooled, n_rest = self.shares(keep, 0), self.settings.rest
+        return budget_losses.refine(self.model, documents, pooled, n_rounds, n_rest=n_rest)
 
     @functools.cached_property
     def documents(self) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +192,7 @@ class _Tried:
         """Reads and calibrates what the rows share."""
         _ = self.texts.prose, self.texts.filler, self.texts.novel
         for keep in self.settings.keeps:
-            self.shares(keep)
+            self.shares(keep, self.settings.refine)
 
     def at_share(self, make: Callable[[int], CacheMethod], keep: float) -> dict[str, Any]:
         """Returns the figures of a method that keeps a share."""

@@ -40,12 +40,14 @@ class Shares:
         model: the fingerprint of the model.
         keep: the share of all slots that was kept.
         context: tokens per document.
+        losses: KL to the full cache in nats, before refinement and after each round of it; none without.
     """
 
     shares: tuple[tuple[float, ...], ...]
     model: str
     keep: float
     context: int
+    losses: tuple[float, ...] = ()
 
     def table(self, budget: int, least: int = 1) -> tuple[tuple[int, ...], ...]:
         """Returns budgets [L K] in multiples of 32 slots whose mean is at most `budget`, and nearly that.
@@ -181,6 +183,7 @@ def load(path: Path | str, model: Model) -> Shares:
             str(data["model"]),
             float(data["keep"]),
             int(data["context"]),
+            tuple(map(float, data.get("losses", ()))),
         )
         if not all(math.isfinite(x) and x >= 0 for row in shares.shares for x in row):
             raise ValueError("a share is a number, 0 or more")

@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 import kvjax
-from kvjax import budgets, spec, text
+from kvjax import budget_losses, budgets, spec, text
 from kvjax.calibrate import a2ats, codebooks
 from kvjax.method import CacheMethod
 from kvjax.model import Model
@@ -137,6 +137,7 @@ class Budgets:
         text: pydoc_data.topics (prose that every Python has), or text files.
         docs: documents, of all texts alike.
         context: tokens of a document; the length that is to be served is best.
+        refine: rounds that move slots to the heads that lose most without them; 0 looks at keys alone.
         seed: chooses the documents.
         out: the file.
     """
@@ -147,6 +148,7 @@ class Budgets:
     text: tuple[str, ...] = (text.PROSE,)
     docs: int = 6
     context: int = 2048
+    refine: int = 0
     seed: int = 0
     out: Path = Path("budgets.json")
 
@@ -154,8 +156,13 @@ class Budgets:
         """Writes the file, and where the slots go."""
         model = kvjax.load(self.model, self.dtype)
         _check_tokenizer(model)
-        documents = text.documents(model.tokenizer, self.text, self.docs, self.context, self.seed)
-        shares = budgets.calibrate(model, documents, self.keep)
+        length = self.context + (budget_losses.N_REST if self.refine else 0)
+        documents = text.documents(model.tokenizer, self.text, self.docs, length, self.seed)
+        shares = budgets.calibrate(model, documents[:, : self.context], self.keep)
+        if self.refine:
+            n_rest = length - self.context
+            shares = budget_losses.refine(model, documents, shares, self.refine, n_rest=n_rest)
+            print("KL to the full cache, before and after each round:", *shares.losses)
         budgets.save(shares, self.out)
         ranked = sorted((s for row in shares.shares for s in row if s), reverse=True)
         tenth = max(1, len(ranked) // 10)

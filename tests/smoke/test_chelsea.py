@@ -14,7 +14,8 @@ SIZES = {
     ],
     "quality": [
         "--docs", "2", "--calibration", "1", "--context", "340", "--rest", "16", "--keeps", "0.5",
-        "--methods", "knorm", "--keys", "2", "--novel-keys", "1", "--key-context", "336",
+        "--methods", "knorm", "--refine", "1", "--refined", "h2o", "--keys", "2", "--novel-keys", "1",
+        "--key-context", "336",
     ],
     "long": [
         "--docs", "1", "--prompt", "160", "--new", "48", "--budget", "160", "--methods", "streaming_llm",
@@ -22,7 +23,7 @@ SIZES = {
 }  # fmt: skip
 NAMES = {
     "sweep": ["chelsea", "chelsea"],
-    "quality": ["full", "knorm", "chelsea", "chelsea, calibrated"],
+    "quality": ["full", "knorm", "chelsea", "chelsea, calibrated", "h2o, refined", "chelsea, refined"],
     "long": ["chelsea", "streaming_llm"],
 }
 

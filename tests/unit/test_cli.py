@@ -75,14 +75,18 @@ def test_an_unknown_model_and_option_name_the_nearest(capsys):
     assert "--method" in "".join(capsys.readouterr())
 
 
-def test_calibrated_budgets_serve_generation(loaded, capsys, tmp_path):
+def test_calibrated_budgets_serve_generation(loaded, capsys, tmp_path, monkeypatch):
     path, long = tmp_path / "shares.json", "Hello, world. " * 14
     sizes = ["--docs", "2", "--context", "240", "--keep", "0.7", "--out", str(path)]
     assert cli.main(["calibrate", "budgets", *sizes]) == 0
     assert "1 of 4 heads need" in capsys.readouterr().out
+    monkeypatch.setattr(cli.budget_losses, "N_REST", 16)
+    assert cli.main(["calibrate", "budgets", "--refine", "1", *sizes]) == 0
+    losses = budgets.load(path, loaded).losses
+    assert "before and after each round: {} {}".format(*losses) in capsys.readouterr().out
     chelsea = ["generate", long, "--method", "chelsea:slack=8", "--max-new-tokens", "8"]
     assert cli.main([*chelsea, "--budget", "192", "--shares", str(path)]) == 0
-    table = budgets.load(path, loaded).table(192, 132)
+    table = budgets.load(path, loaded).table(192, 96)  # 4 sinks, 60 recent tokens, 32 to merge in
     made = kvjax.generate(loaded, long, cli.spec.parse("chelsea:slack=8", budget=table), max_new_tokens=8)
     assert capsys.readouterr().out == made[0].text + "\n"
     assert cli.main([*chelsea, "--shares", str(path)]) == 2
