@@ -37,6 +37,20 @@ def _bounded_programs(request):
         jax.clear_caches()
 
 
+_COMPILE_MUCH = ("kernels", "laws", "unit")  # and compute little
+_OF_COMPILED = ("test_memory.py", "test_prefill_attention.py", "test_sharding.py")  # look at programs
+
+
+@pytest.fixture(autouse=True)
+def _programs_made_sooner(request):
+    """Leaves out most of the compiler's optimizations where that takes less time in all."""
+    folder, name = request.path.parent.name, request.path.name
+    with_less = folder in _COMPILE_MUCH and name not in _OF_COMPILED
+    jax.config.update("jax_disable_most_optimizations", with_less)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct in float32, the model that the reference outputs are of."""
