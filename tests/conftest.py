@@ -38,14 +38,15 @@ def _bounded_programs(request):
 
 
 _COMPILE_MUCH = ("kernels", "laws", "unit")  # and compute little
-_OF_COMPILED = ("test_memory.py", "test_prefill_attention.py", "test_sharding.py")  # look at programs
+# These look at programs, or compare bits.
+_AS_EVER = ("test_memory.py", "test_prefill_attention.py", "test_sharding.py", "test_tiers.py")
 
 
 @pytest.fixture(autouse=True)
 def _programs_made_sooner(request):
     """Leaves out most of the compiler's optimizations where that takes less time in all."""
     folder, name = request.path.parent.name, request.path.name
-    with_less = folder in _COMPILE_MUCH and name not in _OF_COMPILED
+    with_less = folder in _COMPILE_MUCH and name not in _AS_EVER
     jax.config.update("jax_disable_most_optimizations", with_less)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
