@@ -7,16 +7,17 @@
 Where every slot is worth the same, no slot is better elsewhere; the table of least KL is kept. Pooled merges
 (`kvjax.budgets`) are where it starts: they see keys alone, and this sees what the model makes of them.
 
-Source: ours, inside the frame of Chelsea (arXiv 2506.11418); figures in docs/methods/chelsea.md.
+Source: ours, inside the frame of Chelsea (arXiv 2506.11418).
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 
@@ -70,18 +71,14 @@ def refine(
     method = method or Chelsea(documents.shape[1])
     budget = round(shares.keep * (documents.shape[1] - n_rest))
     ends = _Ends.of(model, documents, n_rest, method.matching)
-    heads = np.argwhere(np.asarray(shares.shares) > 0).tolist()
+    judged = np.asarray(shares.shares) > 0
     tried = [(ends.loss(ends.clustered(_table(shares, budget, method))), shares)]
     with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task("Judging heads", total=n_rounds * len(heads))
+        task = progress.add_task("Judging heads", total=n_rounds * judged.sum())
         for i in range(n_rounds):
             before, at = tried[-1]
             table = _table(at, budget, method)
-            state = ends.clustered(table)
-            rise = np.full(table.shape, np.nan)
-            for layer, head in heads:
-                rise[layer, head] = ends.loss(ends.with_less(state, table, layer, head)) - before
-                progress.advance(task)
+            rise = ends.losses_with_less(table, judged, lambda: progress.advance(task)) - before
             at = replace(at, shares=_moved(table, rise, 0.5 / (i + 1)))
             tried.append((ends.loss(ends.clustered(_table(at, budget, method))), at))
     best = min(tried, key=lambda x: x[0])[1]
@@ -141,12 +138,22 @@ class _Ends:
         kv = _clustered(self.state[layer], jnp.asarray(row), how=self.how)
         return (*state[:layer], kv, *state[layer + 1 :])
 
+    def losses_with_less(
+        self, table: Int[np.ndarray, "L K"], judged: Bool[np.ndarray, "L K"], each: Callable[[], None]
+    ) -> Float[np.ndarray, "L K"]:
+        """Returns for each judged head the loss where it alone has fewer slots; NaN for the others."""
+        state, losses = self.clustered(table), np.full(table.shape, np.nan)
+        for layer, head in np.argwhere(judged).tolist():
+            losses[layer, head] = self.loss(self.with_less(state, table, layer, head))
+            each()
+        return losses
+
     def loss(self, state: State) -> float:
         """Returns the mean KL to the full cache, in nats per token."""
         pairs = zip(self.full, self._logits(state), strict=True)
         return float(sum(_kl(*pair) for pair in pairs)) / self.rest.size
 
-    def _logits(self, state: State):
+    def _logits(self, state: State) -> Iterator[Array]:
         """Yields the logits after each token of the ends, in pieces. The states are kept."""
         state = jax.tree.map(jnp.copy, state)
         for start in range(0, self.rest.shape[1], _PIECE):

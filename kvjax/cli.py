@@ -156,11 +156,10 @@ class Budgets:
         """Writes the file, and where the slots go."""
         model = kvjax.load(self.model, self.dtype)
         _check_tokenizer(model)
-        length = self.context + (budget_losses.N_REST if self.refine else 0)
-        documents = text.documents(model.tokenizer, self.text, self.docs, length, self.seed)
+        n_rest = budget_losses.N_REST if self.refine else 0
+        documents = text.documents(model.tokenizer, self.text, self.docs, self.context + n_rest, self.seed)
         shares = budgets.calibrate(model, documents[:, : self.context], self.keep)
         if self.refine:
-            n_rest = length - self.context
             shares = budget_losses.refine(model, documents, shares, self.refine, n_rest=n_rest)
             print("KL to the full cache, before and after each round:", *shares.losses)
         budgets.save(shares, self.out)
