@@ -6,6 +6,7 @@ which; a name runs that one or raises. Nothing falls back silently.
 
 import contextlib
 import contextvars
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -73,7 +74,7 @@ def run(
         except NotImplementedError as why:
             if name == names[-1]:
                 raise
-            _log.warning("%s: the %s kernel does not take this, so the reference runs: %s", op, name, why)
+            _warn(f"{op}: the {name} kernel does not take this, so the reference runs: {why}")
         else:
             _report(op, name)
             return out
@@ -88,6 +89,12 @@ def _admit(op: str, at: backend.Target) -> None:
             f"{op}: kernels run on GPUs of compute capability 8.0 (A100, L4) and above, got {version} of "
             f"{at.device!r}: use impl='reference', or None for what runs here"
         )
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Says it once: a model's layers and programs all ask the same."""
+    _log.warning(message)
 
 
 def _report(op: str, name: str) -> None:

@@ -230,6 +230,7 @@ def test_free_memory_is_the_least_of_the_machine_and_the_control_group(monkeypat
         "/sys/fs/cgroup/memory.current": ["1000000"],
     }
     monkeypatch.setattr(tiers, "_lines", lambda path: files.get(path, []))
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     assert tiers._free() == 3_000_000
     files["/sys/fs/cgroup/memory.max"] = ["max"]
     assert tiers._free() == 5_120_000
