@@ -130,17 +130,16 @@ def quality(settings: Quality) -> int:
     """Scores each method at each share that is not stored yet, prints the rows and draws them."""
     stored = start("chelsea", "quality", settings)
     tried = _Tried(settings, kvjax.load(settings.model, settings.dtype))
-    rows = [({"name": "full", "keep": 1.0, "spec": "Full()"}, lambda: tried.figures(Full(), Full()))]
-    for keep in settings.keeps:
-        for name, make in tried.methods(keep):
-            row = {"name": name, "keep": keep, "spec": repr(Chelsea(1)) if "chelsea" in name else name}
-            rows.append((row, functools.partial(tried.at_share, make, keep)))
-    if any(stored.find(row) is None for row, _ in rows):
-        tried.prepare()
+    full = {"name": "full", "keep": 1.0, "spec": "Full()"}
+    stored = measured(stored, full, lambda: tried.figures(Full(), Full()))
     with ThreadPoolExecutor(settings.workers) as pool:
-        waiting = [(row, None if stored.find(row) else pool.submit(figures)) for row, figures in rows]
-        for row, future in waiting:
-            stored = measured(stored, row, future and future.result)
+        for keep in settings.keeps:
+            rows = list(tried.rows(keep))
+            if any(stored.find(row) is None for row, _ in rows):
+                tried.prepare(keep)
+            waiting = [(row, None if stored.find(row) else pool.submit(figures)) for row, figures in rows]
+            for row, future in waiting:
+                stored = measured(stored, row, future and future.result)
     stored = stored.claim(claims(settings.model, stored.rows, "keep"))
     picture = stored.path.with_suffix(".png")
     quality_plot.draw(stored.rows, picture, "keep", "slots kept, share of the prompt")
@@ -155,7 +154,13 @@ class _Tried:
     settings: Quality
     model: kvjax.Model
 
-    def methods(self, keep: float) -> Iterator[tuple[str, Callable[[int], CacheMethod]]]:
+    def rows(self, keep: float) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+        """Yields what tells each row from all others, and what measures it."""
+        for name, make in self._methods(keep):
+            row = {"name": name, "keep": keep, "spec": repr(Chelsea(1)) if "chelsea" in name else name}
+            yield row, functools.partial(self._at_share, make, keep)
+
+    def _methods(self, keep: float) -> Iterator[tuple[str, Callable[[int], CacheMethod]]]:
         """Yields names, and functions of a budget that make the methods."""
         for name in (*self.settings.methods, "chelsea"):
             yield name, lambda budget, name=name: spec.parse(name, budget=budget)
@@ -188,13 +193,12 @@ class _Tried:
     def texts(self) -> Texts:
         return Texts(self.model, self.settings, lambda: self.documents[0])
 
-    def prepare(self) -> None:
-        """Reads and calibrates what the rows share."""
+    def prepare(self, keep: float) -> None:
+        """Reads and calibrates what the rows of a share have in common."""
         _ = self.texts.prose, self.texts.filler, self.texts.novel
-        for keep in self.settings.keeps:
-            self.shares(keep, self.settings.refine)
+        self.shares(keep, self.settings.refine)
 
-    def at_share(self, make: Callable[[int], CacheMethod], keep: float) -> dict[str, Any]:
+    def _at_share(self, make: Callable[[int], CacheMethod], keep: float) -> dict[str, Any]:
         """Returns the figures of a method that keeps a share."""
         sizes = (self.settings.context, self.settings.key_context)
         return self.figures(*(make(round(keep * n)) for n in sizes))
