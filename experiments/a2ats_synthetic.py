@@ -3,7 +3,7 @@
 Keys are known to A²ATS by their codes alone. Random codewords of equal length would rank the tokens anew
 for every query; with lengths exp(σ·normal) the long ones rank high for half of all queries, whatever they
 ask. σ is set so that a cache of `lines` tokens, the least recently read leaving first, finds as many there
-as it was measured to on real models.
+as it was measured to on real models; long contexts are simulated at 16,384 tokens, since shares decide.
 """
 
 import functools
@@ -21,12 +21,12 @@ from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig
-from kvjax.storage import encode
 from pallas_kernels import Codes
 
 __all__ = ["Locality", "books", "filled", "locality"]
 
 _CENTROIDS, _STEPS, _HALVINGS, _WIDEST = 4096, 48, 12, 4.0
+_SIMULATED = 16384  # tokens, at most
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ def locality(tokens: int, topk: int, group: int, lines: int, hit_rate: float, se
         tokens: of a head, of which each of `group` query heads chooses topk.
         lines: tokens that the device holds.
     """
+    scale = min(1.0, _SIMULATED / tokens)
+    sizes = [max(1, round(scale * n)) for n in (tokens, topk, lines)]
+    rates = functools.partial(_rates, *sizes, group=group, seed=seed)
     low, high = 0.0, _WIDEST
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (
-            (low, middle)
-            if _rates(tokens, topk, group, lines, middle, seed)[0] > hit_rate
-            else (middle, high)
-        )
-    return Locality(high, *_rates(tokens, topk, group, lines, high, seed))
+        low, high = (low, middle) if rates(sigma=middle)[0] > hit_rate else (middle, high)
+    found, union = rates(sigma=high)
+    return Locality(high, found, union / scale)
 
 
-def _rates(tokens: int, topk: int, group: int, lines: int, sigma: float, seed: int) -> tuple[float, float]:
+def _rates(tokens: int, topk: int, lines: int, *, group: int, sigma: float, seed: int) -> tuple[float, float]:
     """Returns the hit rate of one head's cache over the later half of the steps, and the mean union."""
     rng = np.random.default_rng(seed)
     words = _codewords(rng, _CENTROIDS, 64, sigma)
@@ -105,14 +105,12 @@ def _layer(kv: KV, key: Array, seen: int) -> KV:
 
 
 def _rows(store: object, key: Array) -> object:
-    """Returns random rows of the store's shape and type, where it lies."""
-    codes = store.codes if isinstance(store, Codes) else store
-    dtype = store.scale.dtype if isinstance(store, Codes) else store.dtype
-    rows = jax.random.normal(key, codes.shape, dtype)
+    """Returns random rows of the store's shape and type, where it lies: normal ones, or codes of -2 to 2."""
     if not isinstance(store, Codes):
-        return jax.device_put(rows, codes.sharding)
-    codes, *scales = jax.jit(encode, static_argnums=(1, 2))(rows, store.bits, -1)
-    return Codes(jax.device_put(codes, store.codes.sharding), *scales, store.bits, store.block)
+        return jax.device_put(jax.random.normal(key, store.shape, store.dtype), store.sharding)
+    codes = jax.device_put(jax.random.bits(key, store.codes.shape, jnp.uint8), store.codes.sharding)
+    scale, zero = jnp.full_like(store.scale, 4 / 255), jnp.full_like(store.zero, -2)
+    return Codes(codes, scale, zero, store.bits, store.block)
 
 
 @functools.partial(jax.jit, static_argnums=2)

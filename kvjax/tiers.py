@@ -247,24 +247,46 @@ def check_memory(state: Any) -> None:
     """
     stores = [store for kv in state if kv.tier is not None for store in (kv.k, kv.v)]
     rows = jax.tree.leaves([store.codes if isinstance(store, Codes) else store for store in stores])
-    needed, free = sum(x.size * x.dtype.itemsize for x in rows), _free()
+    needed, here = sum(x.size * x.dtype.itemsize for x in rows), _here()
+    free = _free(here)
     if free is not None and needed > free:
         raise MemoryError(
             f"K and V fit into host memory, got {needed / 2**30:.1f} GiB for {free / 2**30:.1f} GiB that are "
             "free: take fewer rows, a shorter context, or codes of 8 bits"
         )
+    _pinned.most = max(_pinned.most, here + needed)
 
 
-def _free() -> int | None:
-    """Returns the bytes that this process may still take, of the machine or of its control group."""
+@dataclass
+class _Pinned:
+    """What XLA has taken of the host for a GPU; it keeps that for new arrays when the old ones are gone."""
+
+    most: int = 0  # bytes of rows that lay there at once
+
+
+_pinned = _Pinned()
+
+
+def _here() -> int:
+    """Returns the bytes of the arrays that lie on the host."""
+    return sum(x.nbytes for x in jax.live_arrays() if x.sharding.memory_kind == "pinned_host")
+
+
+def _free(here: int) -> int | None:
+    """Returns the bytes that rows may still take, of the machine or of this process's control group.
+
+    here: what rows take already.
+    """
     found = [
         int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable:")
     ]
     limit, held = (_lines(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit and held and limit[0].isdecimal():
         found.append(int(limit[0]) - int(held[0]))
-    if jax.default_backend() == "gpu":  # what XLA pins at most
-        found.append(int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "64")) << 30)
+    if jax.default_backend() == "gpu":
+        found = [x + max(_pinned.most - here, 0) for x in found]
+        most = int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "64")) << 30  # what XLA pins at most
+        found.append(most - here)
     return min(found, default=None)
 
 

@@ -212,7 +212,7 @@ def test_staged_rows_that_overflow_are_an_error_in_debug_mode():
 
 def test_too_little_host_memory_is_told_before_anything_is_allocated(monkeypatch):
     init = loop._init
-    monkeypatch.setattr(tiers, "_free", lambda: 10_000)
+    monkeypatch.setattr(tiers, "_free", lambda here: 10_000)
     made = []
     monkeypatch.setattr(
         loop, "_init", lambda *args: made.append(isinstance(jnp.ones(1), jax.core.Tracer)) or init(*args)
@@ -231,14 +231,32 @@ def test_free_memory_is_the_least_of_the_machine_and_the_control_group(monkeypat
     }
     monkeypatch.setattr(tiers, "_lines", lambda path: files.get(path, []))
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert tiers._free() == 3_000_000
+    assert tiers._free(0) == 3_000_000
     files["/sys/fs/cgroup/memory.max"] = ["max"]
-    assert tiers._free() == 5_120_000
+    assert tiers._free(0) == 5_120_000
     files.clear()
-    assert tiers._free() is None
+    assert tiers._free(0) is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
-    assert tiers._free() == 100 << 30
+    assert tiers._free(2 << 30) == 98 << 30
+
+
+def test_what_xla_has_pinned_for_rows_that_are_gone_is_free(monkeypatch):
+    free = {"kB": 1000}
+    lines = lambda path: [f"MemAvailable: {free['kB']} kB"] if path == "/proc/meminfo" else []  # noqa: E731
+    monkeypatch.setattr(tiers, "_lines", lines)
+    monkeypatch.setattr(tiers, "_pinned", tiers._Pinned())
+    here, before = tiers._here, tiers._here()
+    monkeypatch.setattr(tiers, "_here", lambda: here() - before)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    make = lambda: loop.init_state(MODEL, a2ats(tier="host"), 2, 200)  # noqa: E731
+    state = make()
+    assert measure.host_bytes(state) == tiers._here() > 0
+    free["kB"] = 0
+    with pytest.raises(MemoryError):  # a second one
+        make()
+    del state
+    make()  # in the place of the first
 
 
 @pytest.mark.parametrize(
