@@ -12,10 +12,9 @@ A query head ranks the tokens between the first `n_sinks` and the newest `window
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ from kvjax.rope import rotate
 __all__ = ["Recall", "recall"]
 
 _NAMES = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
-_SHOWN = ("name", "ratio", "recall", "mass", "mass_union", "read")
+_FIGURES = ("recall", "mass", "mass_union", "read")
 
 
 @dataclass(frozen=True)
@@ -82,56 +81,68 @@ class Recall:
 
 
 def recall(settings: Recall) -> int:
-    """Ranks by each way that is not stored yet, prints the rows and claims them."""
+    """Ranks the tokens of each layer that is not stored yet, prints the means over layers and claims them."""
     if set(settings.texts) & set(settings.learned) or not settings.learned:
         raise ValueError(
             f"codebooks are asked about texts that they were not made from, got texts={settings.texts} and "
             f"learned={settings.learned}"
         )
-    stored = start("a2ats", "recall", settings)
-    names = [name for name in _NAMES if name != "refined" or settings.steps]
-    rows = [
-        {"name": n, "model": settings.model, "ratio": r, "spec": n} for r in settings.ratios for n in names
-    ]
-    if any(stored.find(row) is None for row in rows):
-        model = kvjax.load(settings.model, settings.dtype)
-        figures = _figures(model, settings)
-        for row in rows:
-            stored = stored.add(row, figures[row["name"], row["ratio"]])
+    stored, rows = start("a2ats", "recall", settings), []
+    model = kvjax.load(settings.model, settings.dtype)
+    tried = _Tried(settings, model)
+    for j in (j for j, layer in enumerate(layers(model.config)) if layer.window is None):
+        own = [{"model": settings.model, "layer": j, "ratio": ratio} for ratio in settings.ratios]
+        if any(stored.find(row) is None for row in own):
+            figures = tried.figures(j)
+            for row in own:
+                stored = stored.add(row, figures[row["ratio"]])
+            print(f"layer {j}", flush=True)
+        rows += map(stored.find, own)
     claims = {}
-    for row in map(stored.find, rows):
-        print(*(f"{k} {row[k]:.4f}" if isinstance(row[k], float) else row[k] for k in _SHOWN), sep=" | ")
-        claims |= {
-            f"{settings.model.split('-')[0]}.{row['name']}.{k}@{row['ratio']:g}": row[k] for k in _SHOWN[2:]
-        }
+    for ratio, name in itertools.product(settings.ratios, _names(settings)):
+        found = [row[name] for row in rows if row["ratio"] == ratio]
+        means = {k: float(np.mean([figures[k] for figures in found])) for k in _FIGURES}
+        print(name, ratio, *(f"{k} {x:.4f}" for k, x in means.items()), sep=" | ")
+        claims |= {f"{settings.model.split('-')[0]}.{name}.{k}@{ratio:g}": x for k, x in means.items()}
     print(stored.claim(claims).path)
     return 0
 
 
-def _figures(model: kvjax.Model, settings: Recall) -> dict[tuple[str, float], dict[str, Any]]:
-    """Returns the figures of every way at every ratio, means over documents, layers, heads and queries."""
-    found: dict[tuple[str, float], list[dict[str, float]]] = {}
-    learned, asked = _statistics(model, settings), _records(model, settings)
-    for j, layer in enumerate(layers(model.config)):
-        if layer.window is not None:
-            continue
-        books = _codebooks(learned, j, layer, settings)
-        for record in asked:
+def _names(settings: Recall) -> list[str]:
+    """Returns the ways to rank."""
+    return [name for name in _NAMES if name != "refined" or settings.steps]
+
+
+@dataclass(eq=False)
+class _Tried:
+    """What tokens are ranked by and for, read when it is first needed."""
+
+    settings: Recall
+    model: kvjax.Model
+
+    @functools.cached_property
+    def learned(self) -> statistics.Statistics:
+        return _statistics(self.model, self.settings)
+
+    @functools.cached_property
+    def asked(self) -> list[tuple[Record, ...]]:
+        return _records(self.model, self.settings)
+
+    def figures(self, j: int) -> dict[float, dict[str, dict[str, float]]]:
+        """Returns the figures of each ratio and way in a layer: means over documents, heads and queries."""
+        layer = layers(self.model.config)[j]
+        books = _codebooks(self.learned, j, layer, self.settings)
+        found: dict[float, dict[str, list[dict[str, float]]]] = {}
+        for record in self.asked:
             one = jax.tree.map(lambda x: x[0], record[j])
-            for key, values in ranked(one, books, layer, settings):
-                found.setdefault(key, []).append({"layer": j, **values})
-        print(f"layer {j}", flush=True)
-    return {key: _mean(rows) for key, rows in found.items()}
-
-
-def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Returns the mean of each figure, and of recall and mass for each layer."""
-    means = {k: float(np.mean([row[k] for row in rows])) for k in _SHOWN[2:]}
-    by_layer = {j: [row for row in rows if row["layer"] == j] for j in sorted({row["layer"] for row in rows})}
-    return means | {
-        f"{k}_layers": [float(np.mean([row[k] for row in own])) for own in by_layer.values()]
-        for k in ("recall", "mass")
-    }
+            for (name, ratio), values in ranked(one, books, layer, self.settings):
+                found.setdefault(ratio, {}).setdefault(name, []).append(values)
+        return {
+            ratio: {
+                name: {k: float(np.mean([x[k] for x in each])) for k in _FIGURES} for name, each in of.items()
+            }
+            for ratio, of in found.items()
+        }
 
 
 def _statistics(model: kvjax.Model, settings: Recall) -> statistics.Statistics:

@@ -41,22 +41,25 @@ def test_every_way_to_rank_is_measured_once(tmp_path, monkeypatch, learned):
     arguments = ["recall", *SIZES, "--learned", learned, "--out", str(tmp_path)]
     assert a2ats.main(arguments) == 0
     (path,) = (tmp_path / "a2ats_recall").glob("*.json")
-    rows = {(row["name"], row["ratio"]): row for row in results.load(path)["rows"]}
-    names = {"exact", "far", "rotated", "plain", "aware", "refined", "quest"}
-    assert rows.keys() == {(name, ratio) for name in names for ratio in (0.05, 0.2)}
-    for (name, ratio), row in rows.items():
-        assert all(math.isfinite(row[k]) and 0 < row[k] <= 1.00001 for k in ("mass", "mass_union", "read"))
-        assert len(row["mass_layers"]) == 1  # the other layer has a window
-        assert row["recall"] <= rows["exact", ratio]["recall"] == 1, name
-        assert row["mass"] <= rows["exact", ratio]["mass"] + 1e-6 or name == "quest"
-    assert rows["exact", 0.05]["mass"] < rows["exact", 0.2]["mass"]
-    assert abs(rows["quest", 0.2]["read"] - rows["aware", 0.2]["read"]) < 16 / 96
+    data = results.load(path)
+    rows = {row["ratio"]: row for row in data["rows"]}
+    assert [(row["layer"], row["ratio"]) for row in data["rows"]] == [(1, 0.05), (1, 0.2)]  # 0 has a window
+    for ratio, row in rows.items():
+        ways = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
+        for name, of in ((name, row[name]) for name in ways):
+            assert all(math.isfinite(of[k]) and 0 < of[k] <= 1.00001 for k in ("mass", "mass_union", "read"))
+            assert of["recall"] <= row["exact"]["recall"] == 1, name
+            assert of["mass"] <= row["exact"]["mass"] + 1e-6 or name == "quest"
+            assert data["claims"][f"smollm2.{name}.mass@{ratio:g}"] == of["mass"]
+    assert rows[0.05]["exact"]["mass"] < rows[0.2]["exact"]["mass"]
+    assert abs(rows[0.2]["quest"]["read"] - rows[0.2]["aware"]["read"]) < 16 / 96
 
     def measures(*args):
         raise AssertionError("a stored row is measured again")
 
-    monkeypatch.setattr(a2ats_recall, "_figures", measures)
+    monkeypatch.setattr(a2ats_recall, "_statistics", measures)
     assert a2ats.main(arguments) == 0
+    assert results.load(path) == data
 
 
 @pytest.mark.parametrize("more", [[], ["--learned", text.PROSE]])
