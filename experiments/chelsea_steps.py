@@ -132,7 +132,8 @@ def filled(model: Model, method: CacheMethod, batch: int, seen: int, total: int,
 
 def _tokens(n: int, size: int, seen: int, method: Chelsea) -> tuple[np.ndarray, np.ndarray]:
     """Returns positions and masses of a head of `size` slots, of which n hold `seen` tokens in order."""
-    n_middle, end = n - method.n_sinks - method.n_recent, seen - method.n_recent
+    newest = method.matching.newest(n)
+    n_middle, end = n - method.n_sinks - newest, seen - newest
     middle = np.linspace(method.n_sinks, end, n_middle, endpoint=False).astype(int)
     pos = np.concatenate([np.arange(method.n_sinks), middle, np.arange(end, seen)])
     mass = np.diff(pos, append=seen)

@@ -6,7 +6,7 @@ usage: python -m experiments.quote
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments import results
+from experiments import quote_methods, results
 
 __all__ = ["files", "main", "quoted"]
 
@@ -30,30 +30,16 @@ _KERNELS = """
     sparse products beside dense, 70% zeros | x | 2.60x | sparse_matvec.speedup_70
     without zeros, time beside dense | | 1.05 | sparse_matvec.time_ratio_0
 """  # case, how its figure is written, what was wanted, claim
-_CHELSEA = """
-    tokens a second where memory is equal, 8 full rows of 32,768, 8B | | 4.5 | equal_memory_throughput
-    clustering a prompt of 32,768 tokens, of its prefill, 8B | % | 2% | cluster_share_of_prefill
-    clustering, of decode time, the worst case | % | 5% | cluster_share_of_decode
-    most bytes of a state, a prompt of 131,072 in chunks, of full's, 8B | % | 30% | streaming_peak_kv_fraction
-    slope of full's step over the context, beside Chelsea's | | 5 | line_slope_ratio
-    a step off the straight line, at most | % | | line_deviation
-    prompts of 32,768 tokens with 1,024 new ones, times as fast | | 2.72 | end_to_end_speedup
-"""
 _PEERS = {"cudnn": "cuDNN", "jax_op": "JAX's op", "exact": "q·K"}
-_ROOT = Path(__file__).parent.parent
 
 
 def files() -> dict[Path, dict[str, Callable[[], str]]]:
     """Returns the files that quote results, and what makes each of their blocks."""
     return {
-        _ROOT / "README.md": {"compare": _compare, "peers": _peers, "kernels": _kernels},
-        _ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
-        _ROOT / "docs" / "methods" / "chelsea.md": {
-            "quality": _chelsea_quality,
-            "sweep": _chelsea_sweep,
-            "long": _chelsea_long,
-            "speed": _chelsea_speed,
-        },
+        results.ROOT / "README.md": {"compare": _compare, "peers": _peers, "kernels": _kernels},
+        results.ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
+        results.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
+        results.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
     }
 
 
@@ -72,23 +58,6 @@ def quoted(text: str, blocks: Mapping[str, Callable[[], str]]) -> str:
     return text
 
 
-def _newest(experiment: str, options: str | None = None, folder: str | None = None) -> tuple[dict, str]:
-    """Returns the newest stored run of an experiment with its defaults, or that begins with options."""
-    command = f"python -m experiments.{experiment}"
-    found = [(results.load(path), path) for path in (results.FOLDER / (folder or experiment)).glob("*.json")]
-    stored, path = max(
-        (
-            (run, path)
-            for run, path in found
-            if (
-                run["command"] == command if options is None else run["command"].startswith(command + options)
-            )
-        ),
-        key=lambda pair: pair[0]["date"],
-    )
-    return stored, path.relative_to(_ROOT).as_posix()
-
-
 def _source(stored: dict, path: str) -> str:
     """Says where figures come from."""
     jax = stored["versions"].get("jax") or stored["rows"][0]["ready"]["kvjax"]["versions"]["jax"]
@@ -97,7 +66,7 @@ def _source(stored: dict, path: str) -> str:
 
 def _compare() -> str:
     """Returns the table at a quarter of the tokens, storage at its own size, and the plot."""
-    stored, path = _newest("compare")
+    stored, path = results.newest("compare")
     rows = {(r["name"], r["ratio"], r["question"]): r for r in stored["rows"]}
     lines = [
         "| method | budget | perplexity | KL to full | pass keys, unseen / seen | held | read |",
@@ -117,7 +86,7 @@ def _compare() -> str:
 
 def _peers() -> str:
     """Returns the ratios to transformers on torch."""
-    stored, path = _newest("peers")
+    stored, path = results.newest("peers")
     c = stored["claims"]
     return (
         f"Prefill of 2,048 tokens is {c['prefill_speedup']:.2f} times and decode {c['decode_speedup']:.2f} "
@@ -128,13 +97,13 @@ def _peers() -> str:
 
 def _kernels() -> str:
     """Returns the worst case of each figure of the kernels beside what was wanted, and the decode step."""
-    stored, path = _newest("kernels", "")
+    stored, path = results.newest("kernels", "")
     lines = ["| the worst case of (x: times as fast) | measured | wanted |", "|---|---|---|"]
     for row in _KERNELS.strip().splitlines():
         case, how, wanted, claim = map(str.strip, row.split("|"))
         value = stored["claims"][claim]
         lines.append(f"| {case} | {f'{value:.0%}' if how == '%' else f'{value:.2f}{how}'} | {wanted} |")
-    step, step_path = _newest("decode", " speed")
+    step, step_path = results.newest("decode", " speed")
     for words, case in (("batch 1 at 8k", "b1_8k"), ("batch 8 at 32k", "b8_32k")):
         value = step["claims"][f"full.fraction_{case}"]
         lines.append(f"| whole decode step of 8B, {words}, of the byte limit | {value:.0%} | 85% |")
@@ -144,7 +113,7 @@ def _kernels() -> str:
 
 def _every_kernel() -> str:
     """Returns a line for every case that was timed."""
-    stored, path = _newest("kernels", "")
+    stored, path = results.newest("kernels", "")
     cases: dict[tuple, list[dict]] = {}
     for r in stored["rows"]:
         cases.setdefault((r["name"], r["spec"]), []).append(r)
@@ -160,72 +129,6 @@ def _every_kernel() -> str:
             f"| {r['fraction']:.2f} | {', '.join(peers)} |"
         )
     return "\n".join(lines) + f"\n\n(`{stored['command']}` of {stored['commit'][:7]}: [{path}](../{path}))\n"
-
-
-def _chelsea_quality() -> str:
-    """Returns each method's figures at each share of the slots."""
-    stored, path = _newest("chelsea", " quality", "chelsea_quality")
-    lines = [
-        "| slots kept | method | KL to full | top-1 | perplexity | keys in filler | keys in a novel |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in stored["rows"]:
-        keys = (f"{r[f'passkey_{where}']} of {r[f'passkey_{where}_of']}" for where in ("filler", "novel"))
-        lines.append(
-            f"| {r['keep']:.0%} | {r['name']} | {r['kl']:.4f} | {r['top1']:.1%} | {r['perplexity']:.2f} "
-            f"| {' | '.join(keys)} |"
-        )
-    return "\n".join(lines) + _below(stored, path)
-
-
-def _chelsea_sweep() -> str:
-    """Returns the KL of each setting beside that of the ones it was tried beside."""
-    stored, path = _newest("chelsea", " sweep", "chelsea_sweep")
-    lines = ["| setting | slots kept | KL to full | top-1 |", "|---|---|---|---|"]
-    lines += [
-        f"| {r['setting'] or 'none'} | {r['keep']:.0%} | {r['kl']:.4f} | {r['top1']:.1%} |"
-        for r in stored["rows"]
-    ]
-    return "\n".join(lines) + _below(stored, path)
-
-
-def _chelsea_long() -> str:
-    """Returns what each method loses on a long text that is read token by token."""
-    stored, path = _newest("chelsea", " long", "chelsea_long")
-    lines = ["| method | slots | KL to full | top-1 |", "|---|---|---|---|"]
-    lines += [f"| {r['name']} | {r['budget']} | {r['kl']:.4f} | {r['top1']:.1%} |" for r in stored["rows"]]
-    return "\n".join(lines) + _below(stored, path)
-
-
-def _chelsea_speed() -> str:
-    """Returns the decode steps: times, what the bytes allow, and the share of clustering."""
-    stored, path = _newest("chelsea", " speed", "chelsea_speed")
-    lines = [
-        "| rows x tokens | budgets | step, µs | of the limit | clustering | times as fast | bytes allow |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in (r for r in stored["rows"] if r["part"] == "decode"):
-        shape, share = r["spec"].replace(" bfloat16", ""), max(0, r["cluster_share"])
-        ratios = (f"{r[k]:.2f}" if k in r else "" for k in ("speedup", "byte_ratio"))
-        lines.append(
-            f"| {shape}, {r['rows']} x {r['slots']:,} | {r['budgets']} | {r['step_us']:,.0f} "
-            f"| {r['fraction']:.0%} | {share:.1%} | {' | '.join(ratios)} |"
-        )
-    lines += ["", "| figure | measured | wanted |", "|---|---|---|"]
-    for row in _CHELSEA.strip().splitlines():
-        words, how, wanted, claim = map(str.strip, row.split("|"))
-        if f"chelsea.{claim}" in stored["claims"]:
-            value = stored["claims"][f"chelsea.{claim}"]
-            lines.append(f"| {words} | {f'{value:.1%}' if how == '%' else f'{value:.2f}'} | {wanted} |")
-    picture = f"![Decode steps over the context](../../{path.removesuffix('.json')}.png)"
-    return "\n".join(lines) + f"\n\n{picture}" + _below(stored, path)
-
-
-def _below(stored: dict, path: str) -> str:
-    """Says under a table of docs/methods which command made it."""
-    return (
-        f"\n\n(`{stored['command']}` of {stored['commit'][:7]}, {stored['device']}: [{path}](../../{path}))\n"
-    )
 
 
 def main() -> None:

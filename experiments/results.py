@@ -26,7 +26,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["Results", "load", "start"]
+__all__ = ["Results", "load", "newest", "start"]
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
@@ -130,6 +130,28 @@ def load(path: str | Path) -> dict:
     if problem := _problem(data):
         raise ValueError(f"{problem}, got {str(path)!r}: run its experiment again")
     return data
+
+
+def newest(
+    experiment: str, options: str | None = None, folder: str | None = None, part: str | None = None
+) -> tuple[dict, str]:
+    """Returns the newest stored run of an experiment, and its path in the repository.
+
+    Args:
+        options: what its command begins with after the experiment's name; None: the command has none.
+        folder: of the results, where it is not the experiment's name.
+        part: what it has rows of, where its rows say which part they are.
+    """
+    command = f"python -m experiments.{experiment}"
+    found = [(load(path), path) for path in (FOLDER / (folder or experiment)).glob("*.json")]
+    fits = [
+        (run, path)
+        for run, path in found
+        if (run["command"] == command if options is None else run["command"].startswith(command + options))
+        and (part is None or any(row["part"] == part for row in run["rows"]))
+    ]
+    stored, path = max(fits, key=lambda pair: pair[0]["date"])
+    return stored, path.relative_to(ROOT).as_posix()
 
 
 def _problem(data: object) -> str | None:

@@ -45,6 +45,11 @@ class Matching:
     before_rope: bool
     n_sinks: int
     n_recent: int
+    recent: float = 0.0
+
+    def newest(self, goal: int) -> int:
+        """Returns how many of the newest tokens of a head stay as they are, of `goal` slots."""
+        return max(self.n_recent, int(self.recent * goal))
 
 
 @struct.dataclass
@@ -65,7 +70,7 @@ def plan(size: int, goal: int, how: Matching, rounds: int | None = None) -> list
     """
     left, ratio = [size], _ratio(size, goal, how, rounds)
     while left[-1] > goal and len(left) <= (rounds or _MOST):
-        free = max(left[-1] - how.n_sinks - how.n_recent, 0)
+        free = max(left[-1] - how.n_sinks - how.newest(goal), 0)
         most = free * (how.stride - 1) // how.stride - 2 * (how.stride - 1)  # two chunks may be cut short
         wanted = goal if len(left) == rounds else max(goal, math.ceil(size * ratio ** len(left)))
         left.append(max(wanted, left[-1] - max(most, 0)))
@@ -98,21 +103,27 @@ def reduce(
         target = jnp.where(full, jnp.where(i + 1 >= (rounds or n_passes), goals, target), first)
         return merge(clusters, target, kv.slots, goal, how)
 
-    clusters = begin(kv, n, how)
+    clusters = begin(kv, n, how, goals)
     if n_passes > 1:
         clusters = jax.lax.fori_loop(0, n_passes - 1, one, clusters)
     # The last pass is outside the loop, so that XLA sees that nobody wants the keys that it would move.
     return finish(kv, n, one(jnp.int32(n_passes - 1), clusters), goal, slots, how)
 
 
-def begin(kv: KV, n: Packed, how: Matching) -> Clusters:
+def begin(kv: KV, n: Packed, how: Matching, goal: Int[Array, " K"] | None = None) -> Clusters:
     """Makes a cluster of every slot. Sinks, recent tokens, and what is not finite must stay.
+
+    goal: slots of each head, of which the newest tokens have their share; None: they have n_recent.
 
     Raises:
         ValueError: in debug mode, for keys or values that are not finite.
     """
     keys, values = storage.read(kv.k), storage.read(kv.v)
-    free = (kv.mass > 0) & (kv.pos >= how.n_sinks) & (kv.pos < kv.seen[:, None] - how.n_recent)
+    newest: Any = how.n_recent
+    if goal is not None:
+        newest = jnp.maximum(newest, (how.recent * goal).astype(jnp.int32))
+        newest = jnp.repeat(newest, np.asarray(kv.slots), total_repeat_length=sum(kv.slots))
+    free = (kv.mass > 0) & (kv.pos >= how.n_sinks) & (kv.pos < kv.seen[:, None] - newest)
     finite = jnp.isfinite(keys).all(-1) & jnp.isfinite(values).all(-1)
     debug_check(
         lambda: jnp.all(finite | (kv.mass == 0)), "keys and values are finite: a slot holds NaN or inf"

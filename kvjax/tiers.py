@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -254,17 +254,13 @@ def check_memory(state: Any) -> None:
             f"K and V fit into host memory, got {needed / 2**30:.1f} GiB for {free / 2**30:.1f} GiB that are "
             "free: take fewer rows, a shorter context, or codes of 8 bits"
         )
-    _pinned.most = max(_pinned.most, here + needed)
+    _Pinned.most = max(_Pinned.most, here + needed)
 
 
-@dataclass
 class _Pinned:
     """What XLA has taken of the host for a GPU; it keeps that for new arrays when the old ones are gone."""
 
-    most: int = 0  # bytes of rows that lay there at once
-
-
-_pinned = _Pinned()
+    most: ClassVar[int] = 0  # bytes of rows that lay there at once
 
 
 def _here() -> int:
@@ -284,7 +280,7 @@ def _free(here: int) -> int | None:
     if limit and held and limit[0].isdecimal():
         found.append(int(limit[0]) - int(held[0]))
     if jax.default_backend() == "gpu":
-        found = [x + max(_pinned.most - here, 0) for x in found]
+        found = [x + max(_Pinned.most - here, 0) for x in found]
         most = int(os.environ.get("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "64")) << 30  # what XLA pins at most
         found.append(most - here)
     return min(found, default=None)

@@ -42,7 +42,8 @@ class Chelsea(CacheMethod):
         before_rope: compare and average keys before their rotation.
         log_n: add the logarithm of its tokens to a slot's logit.
         n_sinks: first tokens that never merge.
-        n_recent: newest tokens that never merge.
+        n_recent: newest tokens that never merge, at least.
+        recent: the share of a head's slots that its newest tokens have, if that is more.
         slack: slots that a clustering leaves free; None is a 32nd of the smallest budget, from 8 to 256.
         rounds: passes of a clustering, None for as many as the ratio needs.
     """
@@ -55,6 +56,7 @@ class Chelsea(CacheMethod):
     log_n: bool = True
     n_sinks: int = 4
     n_recent: int = 60
+    recent: float = 0.0
     slack: int | None = None
     rounds: int | None = None
     evicts: ClassVar[bool] = True
@@ -74,6 +76,8 @@ class Chelsea(CacheMethod):
                 f"n_sinks is at least 0, n_recent and slack are at least 1, got {self.n_sinks=}, "
                 f"{self.n_recent=}, {self.slack=}"
             )
+        if not 0 <= self.recent < 1:
+            raise ValueError(f"recent is a share of the slots, at least 0 and below 1, got {self.recent=}")
         if self.rounds is not None and self.rounds < 1:
             raise ValueError(f"a clustering has at least 1 round, got {self.rounds=}: None finds the number")
 
@@ -93,7 +97,13 @@ class Chelsea(CacheMethod):
     def matching(self) -> Matching:
         """How slots are matched."""
         return Matching(
-            self.chunk, self.stride, self.similarity, self.before_rope, self.n_sinks, self.n_recent
+            self.chunk,
+            self.stride,
+            self.similarity,
+            self.before_rope,
+            self.n_sinks,
+            self.n_recent,
+            self.recent,
         )
 
     def budgets(self, layer: Layer) -> tuple[int, ...]:

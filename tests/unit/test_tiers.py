@@ -245,7 +245,7 @@ def test_what_xla_has_pinned_for_rows_that_are_gone_is_free(monkeypatch):
     free = {"kB": 1000}
     lines = lambda path: [f"MemAvailable: {free['kB']} kB"] if path == "/proc/meminfo" else []  # noqa: E731
     monkeypatch.setattr(tiers, "_lines", lines)
-    monkeypatch.setattr(tiers, "_pinned", tiers._Pinned())
+    monkeypatch.setattr(tiers._Pinned, "most", 0)
     here, before = tiers._here, tiers._here()
     monkeypatch.setattr(tiers, "_here", lambda: here() - before)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")

@@ -1,0 +1,145 @@
+"""Writes the figures of the pages of methods from stored results, see `quote`."""
+
+import functools
+from collections.abc import Callable, Mapping
+
+from experiments import results
+
+__all__ = ["A2ATS", "CHELSEA"]
+
+_SPEED = """
+    tokens a second where memory is equal, 8 full rows of 32,768, 8B | | 4.5 | equal_memory_throughput
+    clustering a prompt of 32,768 tokens, of its prefill, 8B | % | 2% | cluster_share_of_prefill
+    clustering, of decode time, the worst case | % | 5% | cluster_share_of_decode
+    most bytes of a state, a prompt of 131,072 in chunks, of full's, 8B | % | 30% | streaming_peak_kv_fraction
+    slope of full's step over the context, beside Chelsea's | | 5 | line_slope_ratio
+    a step off the straight line, at most | % | | line_deviation
+"""
+
+
+def _chelsea_quality(options: str) -> str:
+    """Returns each method's figures at each share of the slots.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("chelsea", f" quality {options}", "chelsea_quality")
+    lines = [
+        "| slots kept | method | KL to full | top-1 | perplexity | keys in filler | keys in a novel |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in stored["rows"]:
+        keys = (f"{r[f'passkey_{where}']} of {r[f'passkey_{where}_of']}" for where in ("filler", "novel"))
+        lines.append(
+            f"| {r['keep']:.0%} | {r['name']} | {r['kl']:.4f} | {r['top1']:.1%} | {r['perplexity']:.2f} "
+            f"| {' | '.join(keys)} |"
+        )
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _chelsea_sweep() -> str:
+    """Returns the KL of each setting beside that of the ones it was tried beside."""
+    stored, path = results.newest("chelsea", " sweep", "chelsea_sweep")
+    lines = ["| setting | slots kept | KL to full | top-1 |", "|---|---|---|---|"]
+    lines += [
+        f"| {r['setting'] or 'none'} | {r['keep']:.0%} | {r['kl']:.4f} | {r['top1']:.1%} |"
+        for r in stored["rows"]
+    ]
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _chelsea_long() -> str:
+    """Returns what each method loses on a long text that is read token by token."""
+    stored, path = results.newest("chelsea", " long", "chelsea_long")
+    lines = ["| method | slots | KL to full | top-1 |", "|---|---|---|---|"]
+    lines += [f"| {r['name']} | {r['budget']} | {r['kl']:.4f} | {r['top1']:.1%} |" for r in stored["rows"]]
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _chelsea_speed() -> str:
+    """Returns the decode steps: times, what the bytes allow, and the share of clustering."""
+    stored, path = results.newest("chelsea", " speed", "chelsea_speed", part="decode")
+    lines = [
+        "| rows x tokens | budgets | step, µs | of the limit | clustering | times as fast | bytes allow |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in (r for r in stored["rows"] if r["part"] == "decode"):
+        shape, share = r["spec"].replace(" bfloat16", ""), max(0, r["cluster_share"])
+        ratios = (f"{r[k]:.2f}" if k in r else "" for k in ("speedup", "byte_ratio"))
+        lines.append(
+            f"| {shape}, {r['rows']} x {r['slots']:,} | {r['budgets']} | {r['step_us']:,.0f} "
+            f"| {r['fraction']:.0%} | {share:.1%} | {' | '.join(ratios)} |"
+        )
+    lines += ["", "| figure | measured | wanted |", "|---|---|---|"]
+    for row in _SPEED.strip().splitlines():
+        words, how, wanted, claim = map(str.strip, row.split("|"))
+        if f"chelsea.{claim}" in stored["claims"]:
+            value = stored["claims"][f"chelsea.{claim}"]
+            lines.append(f"| {words} | {f'{value:.1%}' if how == '%' else f'{value:.2f}'} | {wanted} |")
+    picture = f"![Decode steps over the context](../../{path.removesuffix('.json')}.png)"
+    return "\n".join(lines) + f"\n\n{picture}" + _below(stored, path)
+
+
+def _chelsea_requests() -> str:
+    """Returns the times of prompts and their answers."""
+    stored, path = results.newest("chelsea", " speed", "chelsea_speed", part="end_to_end")
+    lines = ["| method | rows | prompt, s | answer, s | times as fast |", "|---|---|---|---|---|"]
+    for r in (r for r in stored["rows"] if r["part"] == "end_to_end"):
+        scaled = f" (scaled from {r['prefill_rows']} rows)" if r["prefill_is_scaled"] else ""
+        ratio = f"{r['speedup']:.2f}" if "speedup" in r else ""
+        lines.append(
+            f"| {r['name']} | {r['rows']} | {r['prefill_s']:.2f}{scaled} | {r['decode_s']:.2f} | {ratio} |"
+        )
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _a2ats_hits() -> str:
+    """Returns what steps read, and how much of it lies on the device with so many lines."""
+    stored, path = results.newest("a2ats", " hits", "a2ats_hits")
+    lines = [
+        "| chosen by a query head | read by a KV head | of it, lines | tokens on the device | found there "
+        "| in blocks of 16 |",
+        "|---|---|---|---|---|---|",
+    ]
+    steps = {r["ratio"]: r["step_tokens"] for r in stored["rows"] if "hot" not in r}
+    blocks = {(r["ratio"], r["hot"]): r["hit_rate"] for r in stored["rows"] if r.get("block", 1) > 1}
+    for r in (r for r in stored["rows"] if r.get("block") == 1):
+        ratio, hot = r["ratio"], r["hot"]
+        lines.append(
+            f"| {ratio:.1%} | {steps[ratio]:,.0f} tokens | {hot:g}x | {r['share_held']:.0%} "
+            f"| {r['hit_rate']:.1%} | {blocks[ratio, hot]:.1%} |"
+        )
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _a2ats_quality() -> str:
+    """Returns what A²ATS loses, and what others lose that read as many bytes."""
+    stored, path = results.newest("a2ats", " quality", "a2ats_quality")
+    lines = [
+        "| chosen | method | bytes read | KL | top-1 | perplexity | keys in filler | keys in a novel |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in stored["rows"]:
+        keys = (f"{r[f'passkey_{where}']} of {r[f'passkey_{where}_of']}" for where in ("filler", "novel"))
+        lines.append(
+            f"| {r['ratio']:.1%} | {r['name']} | {r['read']:.1%} | {r['kl']:.4f} | {r['top1']:.1%} "
+            f"| {r['perplexity']:.2f} | {' | '.join(keys)} |"
+        )
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _below(stored: dict, path: str) -> str:
+    """Says under a table of docs/methods which command made it."""
+    return (
+        f"\n\n(`{stored['command']}` of {stored['commit'][:7]}, {stored['device']}: [{path}](../../{path}))\n"
+    )
+
+
+CHELSEA: Mapping[str, Callable[[], str]] = {
+    "quality": functools.partial(_chelsea_quality, "--texts"),
+    "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m"),
+    "sweep": _chelsea_sweep,
+    "long": _chelsea_long,
+    "speed": _chelsea_speed,
+    "requests": _chelsea_requests,
+}
+A2ATS: Mapping[str, Callable[[], str]] = {"quality": _a2ats_quality, "hits": _a2ats_hits}
