@@ -187,6 +187,19 @@ def test_budgets_without_room_for_a_chunk_raise(budget):
     assert state[0].slots == (28, 28)
 
 
+def test_each_heads_newest_tokens_have_their_share_of_its_slots():
+    method = dataclasses.replace(CHELSEA, recent=0.5)
+    _, state = kvjax.prefill(SHALLOW, PROMPTS, method, room=NEW)
+    for kv in state:
+        for head, (first, budget) in enumerate(zip(cache.starts(kv.slots), ROW, strict=True)):
+            n = method.matching.newest(budget - method.slack)
+            assert n == (budget - method.slack) // 2 > method.n_recent
+            for b, end in enumerate(np.asarray(kv.fill)[:, head]):
+                mass = np.asarray(kv.mass)[b, first : first + end]
+                assert (mass[-n:] == 1).all()
+                assert (mass.max() > 1) == (kv.seen[b] > budget)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -197,6 +210,7 @@ def test_budgets_without_room_for_a_chunk_raise(budget):
         ({"n_recent": 0}, "n_recent and slack are at least 1, .*self.n_recent=0"),
         ({"slack": 0}, "n_recent and slack are at least 1, .*self.slack=0"),
         ({"slack": -5}, "n_recent and slack are at least 1, .*self.slack=-5"),
+        ({"recent": 1.0}, "recent is a share of the slots, at least 0 and below 1, got self.recent=1.0"),
         ({"rounds": 0}, "a clustering has at least 1 round, got self.rounds=0"),
         ({"budget": np.ones((2, 2, 2), int)}, "a budget is an int or a table"),
     ],
