@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import kvjax
@@ -201,7 +202,9 @@ class _Tried:
     def _at_share(self, make: Callable[[int], CacheMethod], keep: float) -> dict[str, Any]:
         """Returns the figures of a method that keeps a share."""
         sizes = (self.settings.context, self.settings.key_context)
-        return self.figures(*(make(round(keep * n)) for n in sizes))
+        figures = self.figures(*(make(round(keep * n)) for n in sizes))
+        jax.clear_caches()  # programs of one row serve no other, and would pile up
+        return figures
 
     def figures(self, method: CacheMethod, short: CacheMethod) -> dict[str, Any]:
         """Returns the figures of a row.

@@ -36,9 +36,12 @@ def _chelsea_quality(options: str) -> str:
     return "\n".join(lines) + _below(stored, path)
 
 
-def _chelsea_sweep() -> str:
-    """Returns the KL of each setting beside that of the ones it was tried beside."""
-    stored, path = results.newest("chelsea", " sweep", "chelsea_sweep")
+def _chelsea_sweep(options: str) -> str:
+    """Returns the KL of each setting beside that of the ones it was tried beside.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("chelsea", f" sweep {options}", "chelsea_sweep")
     lines = ["| setting | slots kept | KL to full | top-1 |", "|---|---|---|---|"]
     lines += [
         f"| {r['setting'] or 'none'} | {r['keep']:.0%} | {r['kl']:.4f} | {r['top1']:.1%} |"
@@ -137,7 +140,9 @@ def _below(stored: dict, path: str) -> str:
 CHELSEA: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_chelsea_quality, "--texts"),
     "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m"),
-    "sweep": _chelsea_sweep,
+    "sweep": functools.partial(_chelsea_sweep, "--dtype float32"),
+    "recent": functools.partial(_chelsea_sweep, "--texts"),
+    "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
     "long": _chelsea_long,
     "speed": _chelsea_speed,
     "requests": _chelsea_requests,
