@@ -176,5 +176,6 @@ def _clustered(kv: KV, goal: Int[Array, "K"], *, how: Matching) -> KV:
         target = jnp.ceil(first * how.stride ** (-0.5 * (i + 1)) - 1e-3).astype(jnp.int32)
         return clustering.merge(clusters, jnp.maximum(goal, target), kv.slots, [1] * len(kv.slots), how)
 
-    clusters = jax.lax.fori_loop(0, n_passes, one, clustering.begin(kv, kv.mass, how, goal))
+    newest = jnp.maximum(how.n_recent, (how.recent * goal).astype(jnp.int32))
+    clusters = jax.lax.fori_loop(0, n_passes, one, clustering.begin(kv, kv.mass, how, newest))
     return clustering.finish(kv, kv.mass, clusters, [1] * len(kv.slots), kv.slots, how)[0]

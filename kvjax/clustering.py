@@ -103,27 +103,25 @@ def reduce(
         target = jnp.where(full, jnp.where(i + 1 >= (rounds or n_passes), goals, target), first)
         return merge(clusters, target, kv.slots, goal, how)
 
-    clusters = begin(kv, n, how, goals)
+    clusters = begin(kv, n, how, jnp.asarray([how.newest(g) for g in goal], jnp.int32))
     if n_passes > 1:
         clusters = jax.lax.fori_loop(0, n_passes - 1, one, clusters)
     # The last pass is outside the loop, so that XLA sees that nobody wants the keys that it would move.
     return finish(kv, n, one(jnp.int32(n_passes - 1), clusters), goal, slots, how)
 
 
-def begin(kv: KV, n: Packed, how: Matching, goal: Int[Array, " K"] | None = None) -> Clusters:
+def begin(kv: KV, n: Packed, how: Matching, newest: Int[Array, " K"] | None = None) -> Clusters:
     """Makes a cluster of every slot. Sinks, recent tokens, and what is not finite must stay.
 
-    goal: slots of each head, of which the newest tokens have their share; None: they have n_recent.
+    newest: recent tokens of each head; None: n_recent in all.
 
     Raises:
         ValueError: in debug mode, for keys or values that are not finite.
     """
     keys, values = storage.read(kv.k), storage.read(kv.v)
-    newest: Any = how.n_recent
-    if goal is not None:
-        newest = jnp.maximum(newest, (how.recent * goal).astype(jnp.int32))
-        newest = jnp.repeat(newest, np.asarray(kv.slots), total_repeat_length=sum(kv.slots))
-    free = (kv.mass > 0) & (kv.pos >= how.n_sinks) & (kv.pos < kv.seen[:, None] - newest)
+    newest = jnp.full(len(kv.slots), how.n_recent) if newest is None else newest
+    first = kv.seen[:, None] - jnp.repeat(newest, np.asarray(kv.slots), total_repeat_length=sum(kv.slots))
+    free = (kv.mass > 0) & (kv.pos >= how.n_sinks) & (kv.pos < first)
     finite = jnp.isfinite(keys).all(-1) & jnp.isfinite(values).all(-1)
     debug_check(
         lambda: jnp.all(finite | (kv.mass == 0)), "keys and values are finite: a slot holds NaN or inf"

@@ -97,14 +97,9 @@ class Chelsea(CacheMethod):
     def matching(self) -> Matching:
         """How slots are matched."""
         return Matching(
-            self.chunk,
-            self.stride,
-            self.similarity,
-            self.before_rope,
-            self.n_sinks,
-            self.n_recent,
+            self.chunk, self.stride, self.similarity, self.before_rope, self.n_sinks, self.n_recent,
             self.recent,
-        )
+        )  # fmt: skip
 
     def budgets(self, layer: Layer) -> tuple[int, ...]:
         """Returns the budget of each head.
