@@ -27,12 +27,7 @@ def _chelsea_quality(options: str) -> str:
         "| slots kept | method | KL to full | top-1 | perplexity | keys in filler | keys in a novel |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in stored["rows"]:
-        keys = (f"{r[f'passkey_{where}']} of {r[f'passkey_{where}_of']}" for where in ("filler", "novel"))
-        lines.append(
-            f"| {r['keep']:.0%} | {r['name']} | {r['kl']:.4f} | {r['top1']:.1%} | {r['perplexity']:.2f} "
-            f"| {' | '.join(keys)} |"
-        )
+    lines += [f"| {r['keep']:.0%} | {r['name']} | {_scores(r)} |" for r in stored["rows"]]
     return "\n".join(lines) + _below(stored, path)
 
 
@@ -121,13 +116,14 @@ def _a2ats_quality() -> str:
         "| chosen | method | bytes read | KL | top-1 | perplexity | keys in filler | keys in a novel |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for r in stored["rows"]:
-        keys = (f"{r[f'passkey_{where}']} of {r[f'passkey_{where}_of']}" for where in ("filler", "novel"))
-        lines.append(
-            f"| {r['ratio']:.1%} | {r['name']} | {r['read']:.1%} | {r['kl']:.4f} | {r['top1']:.1%} "
-            f"| {r['perplexity']:.2f} | {' | '.join(keys)} |"
-        )
+    lines += [f"| {r['ratio']:.1%} | {r['name']} | {r['read']:.1%} | {_scores(r)} |" for r in stored["rows"]]
     return "\n".join(lines) + _below(stored, path)
+
+
+def _scores(r: Mapping) -> str:
+    """Returns the cells of what a row's method loses and finds."""
+    keys = (f"{r[f'passkey_{where}']} of {r[f'passkey_{where}_of']}" for where in ("filler", "novel"))
+    return f"{r['kl']:.4f} | {r['top1']:.1%} | {r['perplexity']:.2f} | {' | '.join(keys)}"
 
 
 def _below(stored: dict, path: str) -> str:
