@@ -19,6 +19,7 @@ from kvjax.cache import KV
 from kvjax.calibrate.codebooks import Codebooks
 from kvjax.loop import State
 from kvjax.method import CacheMethod
+from kvjax.methods import per_layer
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig
 from pallas_kernels import Codes
@@ -93,15 +94,16 @@ def filled(model: Model, method: CacheMethod, batch: int, seen: int, total: int,
     """Returns a state for `total` tokens as if `seen` random ones had been read, their codes random too."""
     left = list(loop.init_state(model, method, batch, total))[::-1]
     keys = jax.random.split(jax.random.key(seed), len(left))
-    return tuple(_layer(left.pop(), key, seen) for key in keys)
+    methods = per_layer(method, model.config)
+    return tuple(_layer(left.pop(), key, one, seen) for key, one in zip(keys, methods, strict=True))
 
 
-def _layer(kv: KV, key: Array, seen: int) -> KV:
+def _layer(kv: KV, key: Array, method: CacheMethod, seen: int) -> KV:
     """Fills a layer: its rows one array at a time, so that the device holds one of them."""
     keys = jax.random.split(key, 3)
     kv = kv.replace(k=_rows(kv.k, keys[0]))
     kv = kv.replace(v=_rows(kv.v, keys[1]))
-    return _index(kv, keys[2], seen)
+    return _index(kv, keys[2], method, seen)
 
 
 def _rows(store: object, key: Array) -> object:
@@ -113,12 +115,12 @@ def _rows(store: object, key: Array) -> object:
     return Codes(codes, scale, zero, store.bits, store.block)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _index(kv: KV, key: Array, seen: int) -> KV:
+@functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)
+def _index(kv: KV, key: Array, method: CacheMethod, seen: int) -> KV:
     slot = jnp.concatenate([jnp.arange(size, dtype=jnp.int32) for size in kv.slots])
     codes = jax.random.randint(key, kv.pos.shape, 0, kv.aux.centroids.shape[2], jnp.int32)
     fill = jnp.full_like(kv.fill, seen)
-    return kv.replace(
+    kv = kv.replace(
         pos=jnp.broadcast_to(jnp.where(slot < seen, slot, 0), kv.pos.shape),
         mass=jnp.broadcast_to((slot < seen).astype(jnp.float32), kv.mass.shape),
         fill=fill,
@@ -126,3 +128,4 @@ def _index(kv: KV, key: Array, seen: int) -> KV:
         aux=kv.aux.replace(codes=jnp.where(slot < seen, codes, -1).astype(jnp.int16)),
         tier=None if kv.tier is None else kv.tier.replace(first=fill),
     )
+    return method.moved(kv, jnp.broadcast_to(jnp.arange(kv.pos.shape[1]), kv.pos.shape))

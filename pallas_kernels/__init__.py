@@ -15,6 +15,7 @@ from pallas_kernels.union_topk import union_topk
 from pallas_kernels.vmmsp import vmmsp
 from pallas_kernels.vq_assign import vq_assign
 from pallas_kernels.vq_scores import vq_scores
+from pallas_kernels.vq_topk import vq_topk
 
 __all__ = [
     "AttentionForm",
@@ -34,4 +35,5 @@ __all__ = [
     "vmmsp",
     "vq_assign",
     "vq_scores",
+    "vq_topk",
 ]

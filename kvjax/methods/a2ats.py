@@ -9,13 +9,14 @@ those are read anyway.
     read   the `topk` tokens of largest u of every query head, the newest `window`, the first `n_sinks`
     attend exactly, over the union of a KV head's query heads
 
-State: an int16 code per slot, 1/(2·D) of the bytes of K and V, and the layer's codebooks. Holds the
-whole cache: on the device it saves reads, not memory; on the host, both.
+State: an int16 code per slot, 1/(2·D) of the bytes of K and V, how many slots have each code, and the
+layer's codebooks. Holds the whole cache: on the device it saves reads, not memory; on the host, both.
 
 Source: arXiv 2502.12665, and its released code: w 64, b 2,048, 8 sinks. Deviations: layers whose attention
 is flat are read in full. Codebooks: `kvjax.calibrate`.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -32,17 +33,22 @@ from kvjax.calibrate.codebooks import Codebooks
 from kvjax.method import CacheMethod
 from kvjax.rope import rotate, unrotate
 from kvjax.shapes import Leaf, Positions, Queries, Slots, Tokens
-from pallas_kernels import union_topk, vq_assign, vq_scores
-from pallas_kernels.vq_scores import ALWAYS
+from pallas_kernels import vq_assign, vq_topk
+from pallas_kernels.vq_topk import histogram, marked
 
 __all__ = ["A2ATS", "Index"]
 
 
 @struct.dataclass
 class Index:
-    """Codes of the slots, and the codebooks of a layer, with an axis of one row before the heads."""
+    """Codes of the slots, and the codebooks of a layer, with an axis of one row before the heads.
+
+    Slots that are always read have marked codes and are not counted; they are when they leave the window.
+    """
 
     codes: Leaf  # [B R] int16, -1 = none
+    counts: Leaf  # [B K C] int32, slots of each code
+    recent: Leaf  # [B K W] int32, packed row of the window's token of position p, at p % W; -1 = none
     centroids: Leaf  # [1 K C D] in the frame k A
     to_codes: Leaf  # [1 K D D] A, of keys
     to_scores: Leaf  # [1 K D D] A⁻ᵀ, of queries
@@ -136,26 +142,61 @@ class A2ATS(CacheMethod):
             )
         back = jnp.swapaxes(jnp.linalg.inv(metric.astype(jnp.float32)), -1, -2)
         books = (jnp.asarray(x, jnp.float32)[None] for x in (centroids, metric, back))
-        return kv.replace(aux=Index(jnp.full(kv.pos.shape, -1, jnp.int16), *books))
+        codes, recent = jnp.full(kv.pos.shape, -1, jnp.int16), jnp.full(kv.fill.shape, -1, jnp.int32)
+        recent = jnp.repeat(recent[..., None], self.window, axis=2)
+        counts = jnp.zeros((*kv.fill.shape, centroids.shape[1]), jnp.int32)
+        return kv.replace(aux=Index(codes, counts, recent, *books))
 
     def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
-        """Finds the codes of the new tokens."""
+        """Finds the codes of the new tokens; counts them, and those that leave the window."""
         if self.topk is None:
             return kv
-        code = _codes(kv.aux, jnp.swapaxes(k, 1, 2))
-        batch = jnp.arange(idx.shape[0])[:, None, None]
-        return kv.replace(aux=kv.aux.replace(codes=kv.aux.codes.at[batch, idx].set(code, mode="drop")))
+        index, n_rows = kv.aux, kv.pos.shape[1]
+        since, n_codes = (kv.seen - self.window)[:, None, None], index.counts.shape[2]
+        b, head = jnp.arange(idx.shape[0])[:, None, None], jnp.arange(idx.shape[1])[:, None]
+        row, code, at = index.recent, _codes(index, jnp.swapaxes(k, 1, 2)), pos[:, None]
+        when, plain = kv.pos[b, row], marked(index.codes[b, row])
+        gone = (row >= 0) & (when < since)
+        left = gone & (when >= self.n_sinks)
+        always, here = (at < self.n_sinks) | (at >= since), idx < n_rows
+        both = functools.partial(jnp.concatenate, axis=2)  # what leaves the window, and what is new
+        places = both([jnp.where(left, row, n_rows), idx])
+        codes = index.codes.at[b, places].set(
+            both([plain, jnp.where(always, marked(code), code)]), mode="drop"
+        )
+        ranked = both([jnp.where(left, plain, n_codes), jnp.where(here & ~always, code, n_codes)])
+        counts = index.counts.at[b, head, ranked].add(1, mode="drop")
+        place = jnp.where(here & (at >= since), at % self.window, self.window)
+        recent = jnp.where(gone, -1, row).at[b, head, place].set(idx, mode="drop")
+        return kv.replace(aux=index.replace(codes=codes, counts=counts, recent=recent))
 
     def moved(self, kv: KV, idx) -> KV:
         """Carries the codes along, or finds all of them anew."""
         if self.topk is None:
             return kv
         if idx is not None:
-            return kv.replace(aux=kv.aux.replace(codes=cache.take(kv.aux.codes, idx, -1)))
-        keys = unrotate(storage.read(kv.k), kv.pos, kv.layer.rope)
-        found = [_codes(_of(kv.aux, run), cache.view(keys, run)) for run in cache.runs(kv.slots)]
-        codes = jnp.concatenate([x.reshape(x.shape[0], -1) for x in found], axis=1)
-        return kv.replace(aux=kv.aux.replace(codes=jnp.where(kv.mass > 0, codes, -1)))
+            codes = cache.take(kv.aux.codes, idx, -1)
+            codes = jnp.where(codes < -1, marked(codes), codes)
+        else:
+            keys = unrotate(storage.read(kv.k), kv.pos, kv.layer.rope)
+            found = [_codes(_of(kv.aux, run), cache.view(keys, run)) for run in cache.runs(kv.slots)]
+            codes = jnp.concatenate([x.reshape(x.shape[0], -1) for x in found], axis=1)
+        parts = [self._indexed(kv, cache.view(codes, run), run) for run in cache.runs(kv.slots)]
+        codes, counts, recent = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+        return kv.replace(aux=kv.aux.replace(codes=codes, counts=counts, recent=recent))
+
+    def _indexed(self, kv: KV, codes: Int[Array, "B n S"], run: cache.Run) -> tuple[Array, ...]:
+        """Returns the codes of a run, packed and marked, their counts, and the rows of its window."""
+        alive, when = cache.view(kv.mass, run) > 0, cache.view(kv.pos, run)
+        rows = run.row + jnp.arange(run.n * run.size, dtype=jnp.int32).reshape(run.n, run.size)
+        b, head, place = jnp.arange(len(codes))[:, None, None], jnp.arange(run.n)[:, None], when % self.window
+        inside = alive & (when >= (kv.seen - self.window)[:, None, None])
+        recent = jnp.full((len(codes), run.n, self.window), -1, jnp.int32)
+        rows = jnp.broadcast_to(rows, codes.shape)
+        recent = recent.at[b, head, jnp.where(inside, place, self.window)].max(rows, mode="drop")
+        always = (when < self.n_sinks) | (recent[b, head, place] == rows)
+        codes = jnp.where(alive, jnp.where(always, marked(codes), codes), -1).astype(jnp.int16)
+        return codes.reshape(len(codes), -1), histogram(codes, kv.aux.counts.shape[2]), recent
 
     def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
         """Returns the tokens that this query reads; prompts (T > 1) read all."""
@@ -187,23 +228,13 @@ class A2ATS(CacheMethod):
         return min(group * min(self._count(size), size) + self.n_sinks + self.window, size)
 
     def _chosen(self, kv: KV, far: Float[Array, "B K G D"], run: cache.Run) -> Int[Array, "B n N"]:
-        """Returns the slots that the heads of a run read, at most G·topk and what is always read.
-
-        A row that seeks fewer than the most fills its choice with the empty slots after its last token.
-        """
-        mass, when, size = cache.view(kv.mass, run), cache.view(kv.pos, run), run.size
-        n_always, most = min(self.n_sinks + self.window, size), min(self._count(size), size)
-        always = (when < self.n_sinks) | (when >= kv.seen[:, None, None] - self.window)
-        end = cache.extent(kv)[:, run.head : run.head + run.n, None]
-        beyond = jnp.arange(size) - end  # [B n S]
-        filler = (beyond >= 0) & (beyond < (most - jnp.minimum(self._count(kv.seen), most))[:, None, None])
-        codes = jnp.where(mass > 0, cache.view(kv.aux.codes, run), -1)
-        codes = jnp.where((always & (mass > 0)) | filler, ALWAYS, codes).astype(jnp.int16)
-        heads = far[:, run.head : run.head + run.n]
-        score = vq_scores(heads, _of(kv.aux, run).centroids[0], codes)
-        limit = self._limit(size, score.shape[2])
-        idx = union_topk(score, min(most + n_always, size), limit=limit)
-        return jnp.where(idx < end, idx, -1)
+        """Returns the slots that the heads of a run read, at most G·topk and what is always read."""
+        heads, most = slice(run.head, run.head + run.n), min(self._count(run.size), run.size)
+        return vq_topk(
+            far[:, heads], _of(kv.aux, run).centroids[0], cache.view(kv.aux.codes, run),
+            kv.aux.counts[:, heads], jnp.minimum(self._count(kv.seen), most),
+            k=most, n_always=min(self.n_sinks + self.window, run.size),
+        )  # fmt: skip
 
     def _count(self, seen):
         """Returns how many tokens each query head chooses of `seen`, at least one."""

@@ -26,7 +26,7 @@ from jaxtyping import Array
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 
-__all__ = ["LOWEST", "Candidates", "Settings", "bound", "choose", "keep", "run"]
+__all__ = ["LOWEST", "Candidates", "Settings", "bound", "choose", "keep", "ordered", "run"]
 
 LOWEST = -0x7F800001  # the key of -inf, which is never chosen
 _TOP = 0x7FFFFFFF
@@ -125,7 +125,7 @@ def _settings(n: int, size: int, k: int) -> Settings:
     return tuning.settings("select_topk", Settings(), rows=n, slots=size, k=k)
 
 
-def _key(x):
+def ordered(x):
     """Returns integers in the order of floats."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
     return jnp.where(bits < 0, bits ^ _TOP, jnp.minimum(bits, _TOP - 1))  # one more than a key is a number
@@ -172,7 +172,7 @@ def _guess(
     stretch = -(-size // sample)
     i = jnp.arange(sample)
     at = i * stretch + (((i + row) * -1640531527 >> 8) & 0xFFFF) % stretch
-    key = _key(triton.load(scores_ref.at[row, at], mask=at < size, other=-jnp.inf))
+    key = ordered(triton.load(scores_ref.at[row, at], mask=at < size, other=-jnp.inf))
     mean = k / stretch  # of the sample's scores among the k largest, six deviations from what follows
     rank = math.ceil(mean + 6 * math.sqrt(mean) + 6)
     count = lambda t: jnp.sum((key >= t).astype(jnp.int32), axis=0)  # noqa: E731
@@ -199,7 +199,7 @@ def _keep(
         at = part * step + i * block + jnp.arange(block)
         most, inside = jnp.full((block,), LOWEST, jnp.int32), jnp.zeros((block,), jnp.int32)
         for g in range(group):
-            key = _key(triton.load(scores_ref.at[row, g, at], mask=at < size, other=-jnp.inf))
+            key = ordered(triton.load(scores_ref.at[row, g, at], mask=at < size, other=-jnp.inf))
             low, cut = low_ref[row, g], cut_ref[row, g]
             inside |= ((key > low) | ((key == low) & (at <= cut))).astype(jnp.int32)
             most = jnp.maximum(most, key)
@@ -234,7 +234,7 @@ def _reader(row, scores_ref, low_ref, kept, k: int, width: int):
         inside = lane < count[:, None]
         at = part[:, None] * step + lane
         if kept is None:
-            return _key(triton.load(scores_ref.at[row, at], mask=inside, other=-jnp.inf)), at
+            return ordered(triton.load(scores_ref.at[row, at], mask=inside, other=-jnp.inf)), at
         old = inside if again is None else inside & jnp.logical_not(again)
         place = (row, part[:, None], lane)
         key = triton.load(kept.key.at[place], mask=old, other=LOWEST)
@@ -242,7 +242,7 @@ def _reader(row, scores_ref, low_ref, kept, k: int, width: int):
         if again is None:
             return key, idx
         x = triton.load(scores_ref.at[row, at], mask=inside & again, other=-jnp.inf)
-        return jnp.where(again, _key(x), key), jnp.where(again, at, idx)
+        return jnp.where(again, ordered(x), key), jnp.where(again, at, idx)
 
     return (jnp.max(count, axis=0) + width - 1) // width, load
 

@@ -17,7 +17,7 @@ from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.vq_scores.reference import ALWAYS
 
-__all__ = ["Settings", "run"]
+__all__ = ["Settings", "run", "tables"]
 
 _TILE = 64  # codewords and, at most, queries of a program that makes a table
 _WIDEST = 128  # query heads of a KV head
@@ -39,18 +39,8 @@ def run(q, codebook, codes, *, reduce, dtype):
     Raises:
         NotImplementedError: for types or sizes that the kernels do not take.
     """
-    batch, n_heads, group, size = q.shape
-    for name, x in (("q", q), ("codebook", codebook)):
-        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-            raise NotImplementedError(
-                f"the kernel takes float32, bfloat16 and float16, got {name}.dtype={x.dtype}"
-            )
-    if size > 256 or group > _WIDEST:
-        raise NotImplementedError(
-            f"the kernel takes up to 256 channels and {_WIDEST} query heads per KV head, got D={size} and "
-            f"G={group}: use the reference"
-        )
-    table = _tables(q, codebook, reduce, dtype)
+    batch, n_heads, group, _ = q.shape
+    table = tables(q, codebook, reduce, dtype)
     n_slots, out_group, width = codes.shape[2], 1 if reduce else group, table.shape[3]
     chosen = tuning.settings(
         "vq_scores", Settings(), dtype=dtype.name, group=out_group, codes=table.shape[2],
@@ -69,9 +59,23 @@ def run(q, codebook, codes, *, reduce, dtype):
     return out[:, :, 0] if reduce else out
 
 
-def _tables(q, codebook, reduce, dtype):
-    """Returns the scores of the codewords, [B K C X]."""
-    batch, n_heads, group, _ = q.shape
+def tables(q, codebook, reduce, dtype):
+    """Returns the scores of the codewords, [B K C X].
+
+    Raises:
+        NotImplementedError: for types or sizes that the kernel does not take.
+    """
+    batch, n_heads, group, size = q.shape
+    for name, x in (("q", q), ("codebook", codebook)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+            raise NotImplementedError(
+                f"the kernel takes float32, bfloat16 and float16, got {name}.dtype={x.dtype}"
+            )
+    if size > 256 or group > _WIDEST:
+        raise NotImplementedError(
+            f"the kernel takes up to 256 channels and {_WIDEST} query heads per KV head, got D={size} and "
+            f"G={group}: use the reference"
+        )
     n_codes, width = codebook.shape[1], pl.next_power_of_2(group)
     queries = max(16, width, min(_TILE, pl.next_power_of_2(batch * width)))
     return gpu_call(

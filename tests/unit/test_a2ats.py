@@ -117,6 +117,36 @@ def test_codes_made_anew_are_those_made_on_the_way():
     assert (np.asarray(again.aux.codes) == np.asarray(kv.aux.codes)).mean() > 0.97  # keys are un-rotated
 
 
+@settings(max_examples=8)  # each compiles
+@given(
+    st.lists(st.integers(1, 13), min_size=1, max_size=6),
+    st.sampled_from((1, 6, 20)),
+    st.sampled_from((0, 3, 9)),
+)
+def test_an_index_that_grew_is_the_one_made_anew(chunks, window, n_sinks):
+    """Tokens come in chunks of any length, one of two rows half as many: counts, marks and window agree."""
+    method, rng = a2ats(5, window=window, n_sinks=n_sinks).for_layer(0, 2), np.random.default_rng(sum(chunks))
+    kv, start = method.init(cache.Layer.of(MODEL.config, 0), 2, (60, 60), jnp.float32), np.zeros(2, int)
+    for n in chunks:
+        k, v = (jnp.asarray(rng.normal(size=(2, n, 2, 16)), jnp.float32) for _ in range(2))
+        length = np.array([n, n // 2])
+        at = np.arange(n) - (n - length)[:, None]  # padding comes first
+        pos = jnp.asarray(np.where(at >= 0, start[:, None] + at, -1), jnp.int32)
+        start = np.minimum(start + length, 60)
+        if start.max() == 60:
+            break
+        kv, idx = cache.append(kv, k, v, pos)
+        kv = method.observe(kv, jnp.zeros((2, n, 2, 2, 16)), k, pos, idx)
+    again = method.moved(kv, jnp.broadcast_to(jnp.arange(120), (2, 120))).aux
+    for name in ("codes", "counts", "recent"):
+        np.testing.assert_array_equal(getattr(kv.aux, name), getattr(again, name), err_msg=name)
+    ranked = np.asarray(kv.aux.codes >= 0).reshape(2, 2, 60).sum(-1)
+    np.testing.assert_array_equal(ranked, np.asarray(kv.aux.counts).sum(-1))
+    seen = np.asarray(kv.seen)
+    always = [len({*range(min(n_sinks, n)), *range(max(n - window, 0), n)}) for n in seen]
+    np.testing.assert_array_equal(ranked, np.repeat((seen - always)[:, None], 2, axis=1))
+
+
 def test_a_flat_layer_reads_everything_and_has_no_index():
     flat = dataclasses.replace(BOOKS, flat=(True, False))
     _, state = run(MODEL, a2ats(5, calibration=flat))

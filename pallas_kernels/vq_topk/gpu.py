@@ -1,0 +1,226 @@
+"""Slots chosen by their codes in Pallas Triton: look for thresholds among codewords, then read codes.
+
+Five launches; scores of slots are never written:
+
+    table   the scores of all codewords, of `vq_scores`
+    mark    one program per KV head bisects its query heads' thresholds, where the codewords above stand
+            for at most n slots; says of each codeword whether its slots are taken, surely or of which
+            heads the first few, and how many
+    ties    every part of every KV head counts the slots of which the first few are taken
+    keep    every part writes the slots that it takes, in order, and how many
+    gather  every part copies its own behind those before it
+
+Scores are compared as integer keys in float32's total order, as in `select_topk`. Arrays in Triton have
+sizes of powers of two: C2, T2 and X pad codewords, parts and query heads.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import tuning
+from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.select_topk.gpu import LOWEST, ordered
+from pallas_kernels.vq_scores.gpu import tables
+
+__all__ = ["Settings", "run"]
+
+_SURE = 30  # the bit of a codeword whose slots are taken; below it, one for each query head
+_KEYS = 2**15  # of the codewords for one group, that a program holds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """programs: wanted in all. block: slots of one step. warps: of a part, then of a KV head's marks."""
+
+    programs: int = 1056
+    block: int = 2048
+    warps: int = 4
+    mark_warps: int = 16
+
+
+def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
+    """Returns what `reference.run` returns.
+
+    Raises:
+        NotImplementedError: for types or sizes that the kernels do not take.
+    """
+    batch, n_heads, group, _ = q.shape
+    n_codes, n_slots = codebook.shape[1], codes.shape[2]
+    held = pl.next_power_of_2(n_codes) * pl.next_power_of_2(group)
+    if group > _SURE or held > _KEYS:
+        raise NotImplementedError(
+            f"the kernel takes up to {_SURE} query heads per KV head, and {_KEYS} scores of codewords, got "
+            f"G={group} and C={n_codes}: use the reference"
+        )
+    table = tables(q, codebook, None, jnp.float32)
+    chosen = tuning.settings(
+        "vq_topk", Settings(), group=group, codes=n_codes, heads=batch * n_heads, slots=n_slots
+    )
+    number = lambda *shape: jax.ShapeDtypeStruct((batch, n_heads, *shape), jnp.int32)  # noqa: E731
+    wanted = max(1, chosen.programs // (batch * n_heads))
+    step = chosen.block * -(-n_slots // (chosen.block * wanted))
+    n_parts = -(-n_slots // step)
+    call = functools.partial(gpu_call, grid=(n_parts, n_heads, batch), warps=chosen.warps, stages=1)
+    marks, quota = gpu_call(
+        _mark, table, counts, n, grid=(n_heads, batch), out_shape=(number(n_codes), number(group)),
+        warps=chosen.mark_warps, stages=1, name="vq_topk_mark",
+    )  # fmt: skip
+    sizes = {"block": chosen.block, "step": step}
+    ties = call(
+        functools.partial(_ties, **sizes), codes, marks, out_shape=number(n_parts, group),
+        name="vq_topk_ties",
+    )  # fmt: skip
+    kept = call(
+        functools.partial(_keep, **sizes), codes, marks, quota, ties,
+        out_shape=(number(n_parts, step), number(n_parts)), name="vq_topk_keep",
+    )  # fmt: skip
+    limit = min(group * k + n_always, n_slots)
+    gather = functools.partial(_gather, block=chosen.block)
+    return call(gather, *kept, out_shape=number(limit), name="vq_topk_gather")
+
+
+def _mark(
+    table_ref,  # [B K C X]
+    counts_ref,  # [B K C]
+    n_ref,  # [B]
+    marks_ref,  # [B K C]
+    quota_ref,  # [B K G]
+):
+    """Bisects the thresholds of one KV head's query heads."""
+    head, row = program_id(0), program_id(1)
+    (n_codes, width), group = table_ref.shape[2:], quota_ref.shape[2]
+    c, x = jnp.arange(pl.next_power_of_2(n_codes)), jnp.arange(width)
+    mask = (c < n_codes)[:, None] & (x < group)[None, :]
+    key = ordered(triton.load(table_ref.at[row, head, c[:, None], x[None, :]], mask=mask, other=-jnp.inf))
+    count = triton.load(counts_ref.at[row, head, c], mask=c < n_codes, other=0)
+    alive = jnp.sum(count, axis=0)
+    wanted = jnp.minimum(n_ref[row], alive)
+
+    def total(inside):
+        """Counts the slots [X] of codewords."""
+        return jnp.sum(jnp.where(inside, count[:, None], 0), axis=0)
+
+    def is_open(low, high, n):
+        return (high > low + 1) & (n > wanted)
+
+    def halve(carry):
+        low, high, n = carry
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # low + high would overflow
+        n_middle = total(key >= middle[None, :])
+        going, enough = is_open(*carry), n_middle >= wanted
+        return (
+            jnp.where(going & enough, middle, low),
+            jnp.where(going & jnp.logical_not(enough), middle, high),
+            jnp.where(going & enough, n_middle, n),
+        )
+
+    start = (
+        jnp.full((width,), LOWEST, jnp.int32),
+        jnp.max(key, axis=0) + 1,
+        jnp.broadcast_to(alive, (width,)),
+    )
+    more = lambda carry: jnp.sum(is_open(*carry).astype(jnp.int32), axis=0) > 0  # noqa: E731
+    low, _, _ = jax.lax.while_loop(more, halve, start)
+    sure = (key > low[None, :]) & mask
+    left = wanted - total(sure)  # of the slots at the threshold
+    tie = (key == low[None, :]) & mask & (left > 0)[None, :]
+    bits = jnp.sum(jnp.where(tie, 1 << x[None, :], 0), axis=1)
+    bits |= jnp.max(sure.astype(jnp.int32), axis=1) << _SURE
+    triton.store(marks_ref.at[row, head, c], bits, mask=c < n_codes)
+    triton.store(quota_ref.at[row, head, x], left, mask=x < group)
+
+
+def _reader(codes_ref, marks_ref, width: int, block: int, step: int):
+    """Returns a function of a step that loads its slots, their codes and marks, and ties [block X]."""
+    part, head, row = program_id(0), program_id(1), program_id(2)
+    n_slots, n_codes = codes_ref.shape[2], marks_ref.shape[2]
+
+    def load(i):
+        at = part * step + i * block + jnp.arange(block)
+        code = triton.load(codes_ref.at[row, head, at], mask=at < n_slots, other=-1).astype(jnp.int32)
+        known = (code >= 0) & (code < n_codes)
+        mark = triton.load(marks_ref.at[row, head, code], mask=known, other=0)
+        return at, code, mark, (mark[:, None] >> jnp.arange(width)[None, :]) & 1
+
+    return load
+
+
+def _ties(
+    codes_ref,  # [B K S]
+    marks_ref,  # [B K C]
+    ties_ref,  # [B K T G]
+    *,
+    block: int,
+    step: int,
+):
+    """Counts one part's slots at the thresholds of the query heads."""
+    part, head, row = program_id(0), program_id(1), program_id(2)
+    group = ties_ref.shape[3]
+    width = pl.next_power_of_2(group)
+    load, x = _reader(codes_ref, marks_ref, width, block, step), jnp.arange(width)
+    count = lambda i, n: n + jnp.sum(load(i)[3], axis=0)  # noqa: E731
+    n = jax.lax.fori_loop(0, step // block, count, jnp.zeros((width,), jnp.int32))
+    triton.store(ties_ref.at[row, head, part, x], n, mask=x < group)
+
+
+def _keep(
+    codes_ref,  # [B K S]
+    marks_ref,  # [B K C]
+    quota_ref,  # [B K G]
+    ties_ref,  # [B K T G]
+    idx_ref,  # [B K T P]
+    count_ref,  # [B K T]
+    *,
+    block: int,
+    step: int,
+):
+    """Compacts one part: what is marked, surely taken, or among the first at a threshold."""
+    part, head, row = program_id(0), program_id(1), program_id(2)
+    n_parts, group = ties_ref.shape[2:]
+    width = pl.next_power_of_2(group)
+    load, x, t = (
+        _reader(codes_ref, marks_ref, width, block, step),
+        jnp.arange(width),
+        jnp.arange(pl.next_power_of_2(n_parts)),
+    )
+    mask = (t < part)[:, None] & (x < group)[None, :]
+    before = triton.load(ties_ref.at[row, head, t[:, None], x[None, :]], mask=mask, other=0)
+    left = triton.load(quota_ref.at[row, head, x], mask=x < group, other=0) - jnp.sum(before, axis=0)
+
+    def body(i, carry):
+        n, left = carry
+        at, code, mark, tie = load(i)
+        first = tie & (jnp.cumsum(tie, axis=0) <= left[None, :]).astype(jnp.int32)
+        inside = jnp.max(first, axis=1) | (mark >> _SURE) | (code < -1).astype(jnp.int32)
+        place = n + jnp.cumsum(inside, axis=0) - inside
+        triton.store(idx_ref.at[row, head, part, place], at, mask=inside > 0)
+        return n + jnp.sum(inside, axis=0), left - jnp.sum(tie, axis=0)
+
+    count_ref[row, head, part], _ = jax.lax.fori_loop(0, step // block, body, (jnp.int32(0), left))
+
+
+def _gather(
+    idx_ref,  # [B K T P]
+    count_ref,  # [B K T]
+    out_ref,  # [B K N]
+    *,
+    block: int,
+):
+    """Copies one part's slots behind those of the parts before it; the last part fills the rest."""
+    part, head, row = program_id(0), program_id(1), program_id(2)
+    n_parts, limit = idx_ref.shape[2], out_ref.shape[2]
+    t = jnp.arange(pl.next_power_of_2(n_parts))
+    start = jnp.sum(triton.load(count_ref.at[row, head, t], mask=t < part, other=0), axis=0)
+    n = count_ref[row, head, part]
+    end = jnp.where(part == n_parts - 1, limit - start, n)
+
+    def body(i, _):
+        at = i * block + jnp.arange(block)
+        idx = triton.load(idx_ref.at[row, head, part, at], mask=at < n, other=-1)
+        triton.store(out_ref.at[row, head, start + at], idx, mask=(at < end) & (start + at < limit))
+        return _
+
+    jax.lax.fori_loop(0, (end + block - 1) // block, body, 0)
