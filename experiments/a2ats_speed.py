@@ -68,8 +68,8 @@ class Speed:
     context: str = "llama-3.1-8b:1x524288"
     prompt: str = "llama-3.1-8b:1x131072"
     topk: float = 0.03
-    hot: float = 0.2
-    hit_rate: float = 0.89
+    hot: float = 0.27
+    hit_rate: float = 0.95
     host_gib: float = 96.0
     steps: int = tiers.STEPS
     samples: int = 3

@@ -7,6 +7,7 @@ as it was measured to on real models; long contexts are simulated at 16,384 toke
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -28,6 +29,7 @@ __all__ = ["Locality", "books", "filled", "locality"]
 
 _CENTROIDS, _STEPS, _HALVINGS, _WIDEST = 4096, 48, 12, 4.0
 _SIMULATED = 16384  # tokens, at most
+_PARTS = 256  # of an array of rows, at most
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,19 @@ def _layer(kv: KV, key: Array, method: CacheMethod, seen: int) -> KV:
 def _rows(store: object, key: Array) -> object:
     """Returns random rows of the store's shape and type, where it lies: normal ones, or codes of -2 to 2."""
     if not isinstance(store, Codes):
-        return jax.device_put(jax.random.normal(key, store.shape, store.dtype), store.sharding)
-    codes = jax.device_put(jax.random.bits(key, store.codes.shape, jnp.uint8), store.codes.sharding)
+        return jax.device_put(_drawn(key, store.shape, store.dtype), store.sharding)
+    codes = jax.device_put(_drawn(key, store.codes.shape, jnp.uint8), store.codes.sharding)
     scale, zero = jnp.full_like(store.scale, 4 / 255), jnp.full_like(store.zero, -2)
     return Codes(codes, scale, zero, store.bits, store.block)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _drawn(key: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """Draws an array part by part: a generator takes 16 bytes and more for each number that it makes."""
+    draw = jax.random.bits if dtype == jnp.uint8 else jax.random.normal
+    n_parts = math.gcd(math.prod(shape[:2]), _PARTS)
+    part = (math.prod(shape[:2]) // n_parts, *shape[2:])
+    return jax.lax.map(lambda key: draw(key, part, dtype), jax.random.split(key, n_parts)).reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3), donate_argnums=0)

@@ -1,7 +1,8 @@
-"""Lines in Pallas Triton: a kernel looks blocks up, `select_topk` finds the lines to go, another assigns.
+"""Lines in Pallas Triton: a kernel looks blocks up, another finds the lines to go, a third assigns them.
 
-Both have a program for each tile of one head's list. The second kernel begins where the new blocks of the
-tiles before end, which the first one has counted.
+The first and the last have a program for each tile of one head's list; the last begins where the new blocks
+of the tiles before end, which the first has counted. Between them one program per head bisects the time
+before which as many lines were read last as there are new blocks: times are few, beside floats.
 """
 
 import functools
@@ -17,6 +18,7 @@ from pallas_kernels.host import Blocks
 __all__ = ["run"]
 
 _TILE = 256
+_BLOCK = 8192  # lines that are looked at together, at most
 
 
 def run(line, held, used, idx, now, *, blocks: Blocks):
@@ -31,7 +33,12 @@ def run(line, held, used, idx, now, *, blocks: Blocks):
         _look_up, used, line, idx, now, row,
         grid=grid, out_shape=(shape(used), shape(idx), count), aliases={0: 0}, name="assign_lines_look_up",
     )  # fmt: skip
-    oldest = reference.oldest(used, now, counts.sum(-1), n)
+    block = min(_BLOCK, pl.next_power_of_2(used.shape[2]))
+    oldest = gpu_call(
+        functools.partial(_oldest, block=block), used, now, counts,
+        grid=grid[:2], out_shape=shape(idx), warps=max(1, min(16, block // 256)), stages=1,
+        name="assign_lines_oldest",
+    )  # fmt: skip
     line, held, used, place, new = gpu_call(
         functools.partial(_assign, n_tiles=n_tiles),
         line, held, used, idx, now, row, known, counts, oldest,
@@ -71,6 +78,53 @@ def _look_up(
     to = jnp.where(known >= 0, known, used_ref.shape[2])
     triton.store(used_ref.at[batch, head, to], jnp.full((_TILE,), now_ref[batch]), mask=known >= 0)
     count_ref[batch, head, program_id(2)] = jnp.sum((first & (known < 0)).astype(jnp.int32))
+
+
+def _oldest(
+    used_ref,  # [B K C]
+    now_ref,  # [B]
+    count_ref,  # [B K tiles]
+    oldest_ref,  # [B K N] out, as many as there are new blocks
+    *,
+    block: int,
+):
+    """Lists one head's lines that were read longest ago, in the order of their numbers."""
+    batch, head = program_id(0), program_id(1)
+    n_lines, n_tiles, now = used_ref.shape[2], count_ref.shape[2], now_ref[batch]
+    tiles = jnp.arange(pl.next_power_of_2(n_tiles))
+    counts = triton.load(count_ref.at[batch, head, tiles], mask=tiles < n_tiles, other=0)
+    wanted, steps = jnp.sum(counts, axis=0), pl.cdiv(n_lines, block)
+
+    def load(i):
+        at = i * block + jnp.arange(block)
+        return at, triton.load(used_ref.at[batch, head, at], mask=at < n_lines, other=now)
+
+    def total(time):
+        """Counts the lines that were read last at a time or before."""
+        body = lambda i, n: n + jnp.sum((load(i)[1] <= time).astype(jnp.int32), axis=0)  # noqa: E731
+        return jax.lax.fori_loop(0, steps, body, jnp.int32(0))
+
+    def halve(carry):
+        low, high = carry
+        middle = (low + high) >> 1
+        enough = total(middle) >= wanted
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, last = jax.lax.while_loop(lambda x: x[1] > x[0] + 1, halve, (jnp.int32(-2), now - 1))
+    left = wanted - total(last - 1)  # of those read at `last`
+
+    def write(i, carry):
+        n, seen = carry
+        at, used = load(i)
+        tie = (used == last).astype(jnp.int32)
+        few = tie & (seen + jnp.cumsum(tie, axis=0) <= left).astype(jnp.int32)
+        inside = few | (used < last).astype(jnp.int32)
+        # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
+        place = jnp.where(inside > 0, n + jnp.cumsum(inside, axis=0) - 1, oldest_ref.shape[2])
+        triton.store(oldest_ref.at[batch, head, place], at, mask=inside > 0)
+        return n + jnp.sum(inside, axis=0), seen + jnp.sum(tie, axis=0)
+
+    jax.lax.fori_loop(0, steps, write, (jnp.int32(0), jnp.int32(0)))
 
 
 def _assign(

@@ -6,7 +6,7 @@ from pallas_kernels.attention import starts
 from pallas_kernels.host import Blocks
 from pallas_kernels.select_topk import select_topk
 
-__all__ = ["look_up", "oldest", "run"]
+__all__ = ["look_up", "run"]
 
 
 def run(line, held, used, idx, now, *, blocks: Blocks):
@@ -19,7 +19,7 @@ def run(line, held, used, idx, now, *, blocks: Blocks):
     b, k = jnp.arange(len(idx))[:, None, None], jnp.arange(n_heads)[:, None]
     used = used.at[b, k, jnp.where(known >= 0, known, n_lines)].set(now[:, None, None], mode="drop")
     rank = jnp.maximum(jnp.cumsum(new, axis=-1) - 1, 0)
-    taken = jnp.take_along_axis(oldest(used, now, new.sum(-1), idx.shape[2]), rank, axis=2)
+    taken = jnp.take_along_axis(_oldest(used, now, new.sum(-1), idx.shape[2]), rank, axis=2)
     lost = jnp.where(new, jnp.take_along_axis(held, taken, axis=2), -1)
     line = line.at[b, jnp.where(lost >= 0, row + lost, line.shape[1])].set(-1, mode="drop")
     line = line.at[b, jnp.where(new, row + idx, line.shape[1])].set(taken, mode="drop")
@@ -36,7 +36,7 @@ def look_up(line, idx, blocks: Blocks):
     return jnp.where(idx >= 0, found.reshape(idx.shape), -1)
 
 
-def oldest(used, now, n, most: int):
+def _oldest(used, now, n, most: int):
     """Returns the n [B K] lines that were read longest ago, ascending; `most` is room for them."""
     now = now[:, None, None]
     age = jnp.where(used == now, -jnp.inf, (now - used).astype(jnp.float32))

@@ -1,9 +1,9 @@
 """The nearest codeword in Pallas Triton: tiles of vectors against all codewords, tile after tile.
 
 A program holds X vectors and walks over P codewords a time, keeping the least ½‖c‖² − x·c and its
-code; the matrix products run on tensor cores, in float32 on the plain ones. Vectors of all batch
-rows share a head's codebook and so a tile: at decode, one token each, it is read once. Few
-vectors do not fill the chip: then programs split the codewords, and a reduction joins them.
+code; the matrix products run on tensor cores, those of float32 as three. Vectors of all batch rows
+share a head's codebook and so a tile: at decode, one token each, it is read once. Few vectors do not
+fill the chip: then programs split the codewords, and a reduction joins them.
 """
 
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.backend import float32_precision, gpu_call, pl, program_id, triton
 
 __all__ = ["Settings", "run"]
 
@@ -95,7 +95,7 @@ def _nearest(
     dtype = jnp.promote_types(x_ref.dtype, codebook_ref.dtype)
     lanes = max(16, pl.next_power_of_2(size))
     exact = dtype == jnp.float32
-    step_size = min(32, lanes) if exact else lanes  # without tensor cores operands are held in registers
+    step_size = min(32, lanes) if exact else lanes  # operands of float32 are split in registers
     row = program_id(0) * tile + jnp.arange(tile)
     at, token, alive = row // n_tokens, row % n_tokens, row < batch * n_tokens
 
@@ -121,7 +121,7 @@ def _nearest(
             x, words = (vectors(j) if whole is None else whole), codewords(c, j)
             dots += jnp.dot(
                 x, words.T,
-                precision=jax.lax.Precision.HIGHEST if exact else None, preferred_element_type=jnp.float32,
+                precision=float32_precision() if exact else None, preferred_element_type=jnp.float32,
             )  # fmt: skip
             if half_ref is None:
                 squares += jnp.sum(jnp.square(words.astype(jnp.float32)), axis=1)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import tuning
-from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.backend import float32_precision, gpu_call, pl, program_id, triton
 from pallas_kernels.vq_scores.reference import ALWAYS
 
 __all__ = ["Settings", "run", "tables"]
@@ -111,7 +111,7 @@ def _make_table(
     words = triton.load(codebook_ref.at[head, c[:, None], d[None, :]], mask=mask, other=0)
     scores = jnp.dot(
         words.astype(dtype), q.astype(dtype).T,
-        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        precision=float32_precision() if dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )  # [P, queries]  # fmt: skip
     if reduce:

@@ -1,6 +1,6 @@
 """Slots chosen by their codes in Pallas Triton: look for thresholds among codewords, then read codes.
 
-Five launches; scores of slots are never written:
+Scores of slots are never written:
 
     table   the scores of all codewords, of `vq_scores`
     mark    one program per KV head bisects its query heads' thresholds, where the codewords above stand
@@ -9,6 +9,8 @@ Five launches; scores of slots are never written:
     ties    every part of every KV head counts the slots of which the first few are taken
     keep    every part writes the slots that it takes, in order, and how many
     gather  every part copies its own behind those before it
+
+Where KV heads are many, each is one part, and `keep` is all of the last three.
 
 Scores are compared as integer keys in float32's total order, as in `select_topk`. Arrays in Triton have
 sizes of powers of two: C2, T2 and X pad codewords, parts and query heads.
@@ -35,10 +37,10 @@ _KEYS = 2**15  # of the codewords for one group, that a program holds
 class Settings:
     """programs: wanted in all. block: slots of one step. warps: of a part, then of a KV head's marks."""
 
-    programs: int = 1056
+    programs: int = 528
     block: int = 2048
-    warps: int = 4
-    mark_warps: int = 16
+    warps: int = 8
+    mark_warps: int = 8
 
 
 def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
@@ -68,18 +70,21 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
         _mark, table, counts, n, grid=(n_heads, batch), out_shape=(number(n_codes), number(group)),
         warps=chosen.mark_warps, stages=1, name="vq_topk_mark",
     )  # fmt: skip
-    sizes = {"block": chosen.block, "step": step}
-    ties = call(
-        functools.partial(_ties, **sizes), codes, marks, out_shape=number(n_parts, group),
-        name="vq_topk_ties",
-    )  # fmt: skip
-    kept = call(
+    limit, sizes = min(group * k + n_always, n_slots), {"block": chosen.block, "step": step}
+    ties = None
+    if n_parts > 1:
+        ties = call(
+            functools.partial(_ties, **sizes), codes, marks, out_shape=number(n_parts, group),
+            name="vq_topk_ties",
+        )  # fmt: skip
+    idx, count = call(
         functools.partial(_keep, **sizes), codes, marks, quota, ties,
-        out_shape=(number(n_parts, step), number(n_parts)), name="vq_topk_keep",
+        out_shape=(number(n_parts, limit if ties is None else step), number(n_parts)), name="vq_topk_keep",
     )  # fmt: skip
-    limit = min(group * k + n_always, n_slots)
+    if ties is None:
+        return idx[:, :, 0]
     gather = functools.partial(_gather, block=chosen.block)
-    return call(gather, *kept, out_shape=number(limit), name="vq_topk_gather")
+    return call(gather, idx, count, out_shape=number(limit), name="vq_topk_gather")
 
 
 def _mark(
@@ -133,8 +138,8 @@ def _mark(
     triton.store(quota_ref.at[row, head, x], left, mask=x < group)
 
 
-def _reader(codes_ref, marks_ref, width: int, block: int, step: int):
-    """Returns a function of a step that loads its slots, their codes and marks, and ties [block X]."""
+def _reader(codes_ref, marks_ref, block: int, step: int):
+    """Returns a function of a step that loads its slots, their codes and their marks."""
     part, head, row = program_id(0), program_id(1), program_id(2)
     n_slots, n_codes = codes_ref.shape[2], marks_ref.shape[2]
 
@@ -142,8 +147,7 @@ def _reader(codes_ref, marks_ref, width: int, block: int, step: int):
         at = part * step + i * block + jnp.arange(block)
         code = triton.load(codes_ref.at[row, head, at], mask=at < n_slots, other=-1).astype(jnp.int32)
         known = (code >= 0) & (code < n_codes)
-        mark = triton.load(marks_ref.at[row, head, code], mask=known, other=0)
-        return at, code, mark, (mark[:, None] >> jnp.arange(width)[None, :]) & 1
+        return at, code, triton.load(marks_ref.at[row, head, code], mask=known, other=0)
 
     return load
 
@@ -158,20 +162,22 @@ def _ties(
 ):
     """Counts one part's slots at the thresholds of the query heads."""
     part, head, row = program_id(0), program_id(1), program_id(2)
-    group = ties_ref.shape[3]
-    width = pl.next_power_of_2(group)
-    load, x = _reader(codes_ref, marks_ref, width, block, step), jnp.arange(width)
-    count = lambda i, n: n + jnp.sum(load(i)[3], axis=0)  # noqa: E731
-    n = jax.lax.fori_loop(0, step // block, count, jnp.zeros((width,), jnp.int32))
-    triton.store(ties_ref.at[row, head, part, x], n, mask=x < group)
+    load, group = _reader(codes_ref, marks_ref, block, step), ties_ref.shape[3]
+
+    def count(i, seen):
+        mark = load(i)[2]
+        return tuple(n + jnp.sum((mark >> g) & 1, axis=0) for g, n in enumerate(seen))
+
+    for g, n in enumerate(jax.lax.fori_loop(0, step // block, count, (jnp.int32(0),) * group)):
+        ties_ref[row, head, part, g] = n
 
 
 def _keep(
     codes_ref,  # [B K S]
     marks_ref,  # [B K C]
     quota_ref,  # [B K G]
-    ties_ref,  # [B K T G]
-    idx_ref,  # [B K T P]
+    ties_ref,  # [B K T G], None for one part
+    idx_ref,  # [B K T P], of one part [B K 1 N]
     count_ref,  # [B K T]
     *,
     block: int,
@@ -179,27 +185,46 @@ def _keep(
 ):
     """Compacts one part: what is marked, surely taken, or among the first at a threshold."""
     part, head, row = program_id(0), program_id(1), program_id(2)
-    n_parts, group = ties_ref.shape[2:]
-    width = pl.next_power_of_2(group)
-    load, x, t = (
-        _reader(codes_ref, marks_ref, width, block, step),
-        jnp.arange(width),
-        jnp.arange(pl.next_power_of_2(n_parts)),
-    )
-    mask = (t < part)[:, None] & (x < group)[None, :]
-    before = triton.load(ties_ref.at[row, head, t[:, None], x[None, :]], mask=mask, other=0)
-    left = triton.load(quota_ref.at[row, head, x], mask=x < group, other=0) - jnp.sum(before, axis=0)
+    group, room = quota_ref.shape[2], idx_ref.shape[3]
+    load = _reader(codes_ref, marks_ref, block, step)
+    left = [quota_ref[row, head, g] for g in range(group)]  # that this part may take
+    whole, cut = jnp.int32(0), jnp.int32(-1)  # query heads of which it takes all, or some
+    if ties_ref is not None:
+        t, cut = jnp.arange(pl.next_power_of_2(ties_ref.shape[2])), jnp.int32(0)
+        for g in range(group):
+            before = triton.load(ties_ref.at[row, head, t, g], mask=t < part, other=0)
+            left[g] -= jnp.sum(before, axis=0)
+            n = ties_ref[row, head, part, g]
+            whole |= (n <= left[g]).astype(jnp.int32) << g
+            cut |= ((left[g] > 0) & (left[g] < n)).astype(jnp.int32) << g
+
+    def first_few(mark, inside, seen):
+        new = []
+        for g, n in enumerate(seen):
+            tie = (mark & cut) >> g & 1
+            inside |= tie & (n + jnp.cumsum(tie, axis=0) <= left[g]).astype(jnp.int32)
+            new.append(n + jnp.sum(tie, axis=0))
+        return inside, tuple(new)
 
     def body(i, carry):
-        n, left = carry
-        at, code, mark, tie = load(i)
-        first = tie & (jnp.cumsum(tie, axis=0) <= left[None, :]).astype(jnp.int32)
-        inside = jnp.max(first, axis=1) | (mark >> _SURE) | (code < -1).astype(jnp.int32)
+        n, seen = carry
+        at, code, mark = load(i)
+        inside = ((mark & whole) != 0).astype(jnp.int32) | (mark >> _SURE) | (code < -1).astype(jnp.int32)
+        inside, seen = jax.lax.cond(cut != 0, first_few, lambda _, *same: same, mark, inside, seen)
         place = n + jnp.cumsum(inside, axis=0) - inside
-        triton.store(idx_ref.at[row, head, part, place], at, mask=inside > 0)
-        return n + jnp.sum(inside, axis=0), left - jnp.sum(tie, axis=0)
+        triton.store(idx_ref.at[row, head, part, place], at, mask=(inside > 0) & (place < room))
+        return n + jnp.sum(inside, axis=0), seen
 
-    count_ref[row, head, part], _ = jax.lax.fori_loop(0, step // block, body, (jnp.int32(0), left))
+    n, _ = jax.lax.fori_loop(0, step // block, body, (jnp.int32(0), (jnp.int32(0),) * group))
+    count_ref[row, head, part] = n
+    if ties_ref is None:
+
+        def pad(i, _):
+            at = n + i * block + jnp.arange(block)
+            triton.store(idx_ref.at[row, head, part, at], jnp.full((block,), -1), mask=at < room)
+            return _
+
+        jax.lax.fori_loop(0, (room - n + block - 1) // block, pad, 0)
 
 
 def _gather(

@@ -86,9 +86,9 @@ SPECS = (
 def _candidates(spec: ChoiceSpec) -> list[gpu.Settings]:
     return [
         gpu.Settings(programs, block, warps, mark_warps)
-        for programs in (528, 1056, 2112)
+        for programs in (264, 528, 1056)
         for block in (1024, 2048, 4096)
-        for warps in (4, 8)
+        for warps in (4, 8, 16)
         for mark_warps in (8, 16, 32)
     ]
 
