@@ -104,7 +104,7 @@ def _layer(kv: KV, key: Array, method: CacheMethod, seen: int) -> KV:
     """Fills a layer: its rows one array at a time, so that the device holds one of them."""
     keys = jax.random.split(key, 3)
     kv = kv.replace(k=_rows(kv.k, keys[0]))
-    kv = kv.replace(v=_rows(kv.v, keys[1]))
+    kv = jax.block_until_ready(kv.replace(v=_rows(kv.v, keys[1])))
     return _index(kv, keys[2], method, seen)
 
 
