@@ -26,7 +26,7 @@ from jaxtyping import Array
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 
-__all__ = ["LOWEST", "Candidates", "Settings", "bound", "choose", "keep", "ordered", "run"]
+__all__ = ["LOWEST", "Candidates", "Settings", "bisect", "bound", "choose", "keep", "ordered", "run"]
 
 LOWEST = -0x7F800001  # the key of -inf, which is never chosen
 _TOP = 0x7FFFFFFF
@@ -136,7 +136,7 @@ def _over(reduce, x):
     return reduce(reduce(x, axis=1), axis=0)
 
 
-def _bisect(count, start, least: int, most: int):
+def bisect(count, start, least, most):
     """Returns a t with count(t) from least to most, else the largest with least or more, and its count.
 
     count falls as t rises. start: a low t and its count, which is returned where that is below least
@@ -177,7 +177,7 @@ def _guess(
     rank = math.ceil(mean + 6 * math.sqrt(mean) + 6)
     count = lambda t: jnp.sum((key >= t).astype(jnp.int32), axis=0)  # noqa: E731
     least = jnp.int32(LOWEST + 1)
-    low, _ = _bisect(count, (least, jnp.max(key, axis=0) + 1, count(least)), rank, rank + rank // 8)
+    low, _ = bisect(count, (least, jnp.max(key, axis=0) + 1, count(least)), rank, rank + rank // 8)
     low_ref[row] = low - 1
     cut_ref[row] = jnp.int32(-1)
 
@@ -277,10 +277,10 @@ def _choose(
 
     none = (jnp.int32(_TOP), jnp.int32(LOWEST), jnp.int32(0))
     least, most, n = jax.lax.fori_loop(0, n_steps, survey, none)
-    low, n = _bisect(lambda t: total(lambda key, at: key >= t), (least, most + 1, n), k, k)
+    low, n = bisect(lambda t: total(lambda key, at: key >= t), (least, most + 1, n), k, k)
     # Of equals the first are taken, up to which index is bisected too: negated, as counts rise with it.
     ahead = lambda t: total(lambda key, at: (key > low) | ((key == low) & (at <= -t)))  # noqa: E731
-    last, _ = _bisect(ahead, (jnp.int32(-size), jnp.int32(1), n), k, k)
+    last, _ = bisect(ahead, (jnp.int32(-size), jnp.int32(1), n), k, k)
     if len(out_refs) == 2:
         out_refs[0][row], out_refs[1][row] = low, -last
         return

@@ -13,7 +13,7 @@ Scores of slots are never written:
 Where KV heads are many, each is one part, and `keep` is all of the last three.
 
 Scores are compared as integer keys in float32's total order, as in `select_topk`. Arrays in Triton have
-sizes of powers of two: C2, T2 and X pad codewords, parts and query heads.
+sizes of powers of two: C2, T2 and X pad codewords, parts and, in the table, query heads.
 """
 
 import functools
@@ -24,13 +24,12 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
-from pallas_kernels.select_topk.gpu import LOWEST, ordered
+from pallas_kernels.select_topk.gpu import LOWEST, bisect, ordered
 from pallas_kernels.vq_scores.gpu import tables
 
 __all__ = ["Settings", "run"]
 
 _SURE = 30  # the bit of a codeword whose slots are taken; below it, one for each query head
-_KEYS = 2**15  # of the codewords for one group, that a program holds
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Settings:
     """programs: wanted in all. block: slots of one step. warps: of a part, then of a KV head's marks."""
 
     programs: int = 528
-    block: int = 2048
+    block: int = 4096
     warps: int = 8
     mark_warps: int = 8
 
@@ -51,11 +50,9 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
     """
     batch, n_heads, group, _ = q.shape
     n_codes, n_slots = codebook.shape[1], codes.shape[2]
-    held = pl.next_power_of_2(n_codes) * pl.next_power_of_2(group)
-    if group > _SURE or held > _KEYS:
+    if group > _SURE:
         raise NotImplementedError(
-            f"the kernel takes up to {_SURE} query heads per KV head, and {_KEYS} scores of codewords, got "
-            f"G={group} and C={n_codes}: use the reference"
+            f"the kernel takes up to {_SURE} query heads per KV head, got G={group}: use the reference"
         )
     table = tables(q, codebook, None, jnp.float32)
     chosen = tuning.settings(
@@ -94,48 +91,23 @@ def _mark(
     marks_ref,  # [B K C]
     quota_ref,  # [B K G]
 ):
-    """Bisects the thresholds of one KV head's query heads."""
+    """Bisects the thresholds of one KV head's query heads, one after the other."""
     head, row = program_id(0), program_id(1)
-    (n_codes, width), group = table_ref.shape[2:], quota_ref.shape[2]
-    c, x = jnp.arange(pl.next_power_of_2(n_codes)), jnp.arange(width)
-    mask = (c < n_codes)[:, None] & (x < group)[None, :]
-    key = ordered(triton.load(table_ref.at[row, head, c[:, None], x[None, :]], mask=mask, other=-jnp.inf))
+    n_codes, group = table_ref.shape[2], quota_ref.shape[2]
+    c = jnp.arange(pl.next_power_of_2(n_codes))
     count = triton.load(counts_ref.at[row, head, c], mask=c < n_codes, other=0)
-    alive = jnp.sum(count, axis=0)
+    alive, marks = jnp.sum(count, axis=0), jnp.zeros_like(c)
     wanted = jnp.minimum(n_ref[row], alive)
-
-    def total(inside):
-        """Counts the slots [X] of codewords."""
-        return jnp.sum(jnp.where(inside, count[:, None], 0), axis=0)
-
-    def is_open(low, high, n):
-        return (high > low + 1) & (n > wanted)
-
-    def halve(carry):
-        low, high, n = carry
-        middle = (low >> 1) + (high >> 1) + (low & high & 1)  # low + high would overflow
-        n_middle = total(key >= middle[None, :])
-        going, enough = is_open(*carry), n_middle >= wanted
-        return (
-            jnp.where(going & enough, middle, low),
-            jnp.where(going & jnp.logical_not(enough), middle, high),
-            jnp.where(going & enough, n_middle, n),
-        )
-
-    start = (
-        jnp.full((width,), LOWEST, jnp.int32),
-        jnp.max(key, axis=0) + 1,
-        jnp.broadcast_to(alive, (width,)),
-    )
-    more = lambda carry: jnp.sum(is_open(*carry).astype(jnp.int32), axis=0) > 0  # noqa: E731
-    low, _, _ = jax.lax.while_loop(more, halve, start)
-    sure = (key > low[None, :]) & mask
-    left = wanted - total(sure)  # of the slots at the threshold
-    tie = (key == low[None, :]) & mask & (left > 0)[None, :]
-    bits = jnp.sum(jnp.where(tie, 1 << x[None, :], 0), axis=1)
-    bits |= jnp.max(sure.astype(jnp.int32), axis=1) << _SURE
-    triton.store(marks_ref.at[row, head, c], bits, mask=c < n_codes)
-    triton.store(quota_ref.at[row, head, x], left, mask=x < group)
+    total = lambda inside: jnp.sum(jnp.where(inside, count, 0), axis=0)  # noqa: E731  slots of codewords
+    for g in range(group):
+        score = triton.load(table_ref.at[row, head, c, g], mask=c < n_codes, other=-jnp.inf)
+        key = ordered(score)
+        start = (jnp.int32(LOWEST), jnp.max(key, axis=0) + 1, alive)
+        low, _ = bisect(lambda t, key=key: total(key >= t), start, wanted, wanted)
+        left = wanted - total(key > low)  # of the slots at the threshold
+        marks |= jnp.where(key > low, 1 << _SURE, jnp.where((key == low) & (left > 0), 1 << g, 0))
+        quota_ref[row, head, g] = left
+    triton.store(marks_ref.at[row, head, c], marks, mask=c < n_codes)
 
 
 def _reader(codes_ref, marks_ref, block: int, step: int):

@@ -87,7 +87,7 @@ def _candidates(spec: ChoiceSpec) -> list[gpu.Settings]:
     return [
         gpu.Settings(programs, block, warps, mark_warps)
         for programs in (264, 528, 1056)
-        for block in (1024, 2048, 4096)
+        for block in (2048, 4096, 8192)
         for warps in (4, 8, 16)
         for mark_warps in (8, 16, 32)
     ]
