@@ -24,7 +24,9 @@ __all__ = ["timed"]
 
 
 def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings: Any) -> dict[str, Any]:
-    """Decodes greedily up to `tokens` tokens; the first two calls do not count.
+    """Decodes up to `tokens` tokens; the first two calls do not count.
+
+    Tokens are drawn: random weights would soon repeat one, and every step would ask for the same rows.
 
     settings: `steps` of a call, `samples`, `copy_mib` and `seed`.
 
@@ -38,9 +40,10 @@ def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings
     else:
         state = filled(model, method, rows, first, tokens, settings.seed)
     logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)
-    forced, times, before = np.full((rows, settings.steps), -1, np.int32), [], (0.0, 0.0)
+    rng, times, before = np.random.default_rng(settings.seed), [], (0.0, 0.0)
     with dispatch.watch() as taken:
         for i in range(settings.samples + 2):
+            forced = rng.integers(0, model.config.vocab_size, (rows, settings.steps)).astype(np.int32)
             start = time.perf_counter()
             _, logits, state, _ = jax.block_until_ready(kvjax.decode(model, logits, state, method, forced))
             times.append((time.perf_counter() - start) / settings.steps * 1e6)

@@ -18,7 +18,7 @@ from pallas_kernels.host import Blocks
 __all__ = ["run"]
 
 _TILE = 256
-_BLOCK = 8192  # lines that are looked at together, at most
+_BLOCK = 2**14  # lines that are looked at together, at most
 
 
 def run(line, held, used, idx, now, *, blocks: Blocks):
@@ -99,9 +99,12 @@ def _oldest(
         at = i * block + jnp.arange(block)
         return at, triton.load(used_ref.at[batch, head, at], mask=at < n_lines, other=now)
 
+    held = load(0) if steps == 1 else None
+    read = lambda i: load(i) if held is None else held  # noqa: E731
+
     def total(time):
         """Counts the lines that were read last at a time or before."""
-        body = lambda i, n: n + jnp.sum((load(i)[1] <= time).astype(jnp.int32), axis=0)  # noqa: E731
+        body = lambda i, n: n + jnp.sum((read(i)[1] <= time).astype(jnp.int32), axis=0)  # noqa: E731
         return jax.lax.fori_loop(0, steps, body, jnp.int32(0))
 
     def halve(carry):
@@ -115,7 +118,7 @@ def _oldest(
 
     def write(i, carry):
         n, seen = carry
-        at, used = load(i)
+        at, used = read(i)
         tie = (used == last).astype(jnp.int32)
         few = tie & (seen + jnp.cumsum(tie, axis=0) <= left).astype(jnp.int32)
         inside = few | (used < last).astype(jnp.int32)

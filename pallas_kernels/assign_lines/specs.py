@@ -76,7 +76,7 @@ class LinesSpec(Spec):
 SPECS = (
     LinesSpec(2, (96, 96), 1, 24, 12),
     LinesSpec(1, (700, 333, 900), 1, 650, 600),  # several tiles; more lines than a head has blocks
-    LinesSpec(1, (9000, 8700), 1, 8500, 300),  # more lines than are looked at together
+    LinesSpec(1, (17000, 16700), 1, 16500, 300),  # more lines than are looked at together
     LinesSpec(2, (90, 33), 4, 12, 10),
     LinesSpec(1, (256, 128), 16, 9, 8),
     LinesSpec(8, (32768,) * 8, 1, 8192, 4096, uses=("bench",)),

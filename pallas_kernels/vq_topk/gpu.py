@@ -3,9 +3,9 @@
 Scores of slots are never written:
 
     table   the scores of all codewords, of `vq_scores`
-    mark    one program per KV head bisects its query heads' thresholds, where the codewords above stand
-            for at most n slots; says of each codeword whether its slots are taken, surely or of which
-            heads the first few, and how many
+    bound   one program per query head bisects its threshold, where the codewords above stand for at most
+            n slots, and says how many slots at the threshold it takes
+    mark    says of each codeword whether its slots are taken: surely, or of which heads the first few
     ties    every part of every KV head counts the slots of which the first few are taken
     keep    every part writes the slots that it takes, in order, and how many
     gather  every part copies its own behind those before it
@@ -29,17 +29,18 @@ from pallas_kernels.vq_scores.gpu import tables
 
 __all__ = ["Settings", "run"]
 
+_CODES = 1024  # that a program marks
 _SURE = 30  # the bit of a codeword whose slots are taken; below it, one for each query head
 
 
 @dataclass(frozen=True)
 class Settings:
-    """programs: wanted in all. block: slots of one step. warps: of a part, then of a KV head's marks."""
+    """programs: wanted in all. block: slots of one step. warps: of a part, then of a query head's bound."""
 
     programs: int = 528
     block: int = 4096
     warps: int = 8
-    mark_warps: int = 8
+    bound_warps: int = 4
 
 
 def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
@@ -63,9 +64,13 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
     step = chosen.block * -(-n_slots // (chosen.block * wanted))
     n_parts = -(-n_slots // step)
     call = functools.partial(gpu_call, grid=(n_parts, n_heads, batch), warps=chosen.warps, stages=1)
-    marks, quota = gpu_call(
-        _mark, table, counts, n, grid=(n_heads, batch), out_shape=(number(n_codes), number(group)),
-        warps=chosen.mark_warps, stages=1, name="vq_topk_mark",
+    low, quota = gpu_call(
+        _bound, table, counts, n, grid=(group, n_heads, batch), out_shape=(number(group), number(group)),
+        warps=chosen.bound_warps, stages=1, name="vq_topk_bound",
+    )  # fmt: skip
+    marks = gpu_call(
+        _mark, table, low, quota, grid=(pl.cdiv(n_codes, _CODES), n_heads, batch), out_shape=number(n_codes),
+        stages=1, name="vq_topk_mark",
     )  # fmt: skip
     limit, sizes = min(group * k + n_always, n_slots), {"block": chosen.block, "step": step}
     ties = None
@@ -84,30 +89,46 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
     return call(gather, idx, count, out_shape=number(limit), name="vq_topk_gather")
 
 
-def _mark(
+def _bound(
     table_ref,  # [B K C X]
     counts_ref,  # [B K C]
     n_ref,  # [B]
-    marks_ref,  # [B K C]
+    low_ref,  # [B K G] key of the threshold
     quota_ref,  # [B K G]
 ):
-    """Bisects the thresholds of one KV head's query heads, one after the other."""
-    head, row = program_id(0), program_id(1)
-    n_codes, group = table_ref.shape[2], quota_ref.shape[2]
+    """Bisects one query head's threshold."""
+    g, head, row = program_id(0), program_id(1), program_id(2)
+    n_codes = table_ref.shape[2]
     c = jnp.arange(pl.next_power_of_2(n_codes))
     count = triton.load(counts_ref.at[row, head, c], mask=c < n_codes, other=0)
-    alive, marks = jnp.sum(count, axis=0), jnp.zeros_like(c)
+    key = ordered(triton.load(table_ref.at[row, head, c, g], mask=c < n_codes, other=-jnp.inf))
+    alive = jnp.sum(count, axis=0)
     wanted = jnp.minimum(n_ref[row], alive)
     total = lambda inside: jnp.sum(jnp.where(inside, count, 0), axis=0)  # noqa: E731  slots of codewords
-    for g in range(group):
-        score = triton.load(table_ref.at[row, head, c, g], mask=c < n_codes, other=-jnp.inf)
-        key = ordered(score)
-        start = (jnp.int32(LOWEST), jnp.max(key, axis=0) + 1, alive)
-        low, _ = bisect(lambda t, key=key: total(key >= t), start, wanted, wanted)
-        left = wanted - total(key > low)  # of the slots at the threshold
-        marks |= jnp.where(key > low, 1 << _SURE, jnp.where((key == low) & (left > 0), 1 << g, 0))
-        quota_ref[row, head, g] = left
-    triton.store(marks_ref.at[row, head, c], marks, mask=c < n_codes)
+    start = (jnp.int32(LOWEST), jnp.max(key, axis=0) + 1, alive)
+    low, _ = bisect(lambda t: total(key >= t), start, wanted, wanted)
+    low_ref[row, head, g] = low
+    quota_ref[row, head, g] = wanted - total(key > low)
+
+
+def _mark(
+    table_ref,  # [B K C X]
+    low_ref,  # [B K G]
+    quota_ref,  # [B K G]
+    marks_ref,  # [B K C]
+):
+    """Marks some codewords of one KV head."""
+    head, row = program_id(1), program_id(2)
+    (n_codes, width), group = table_ref.shape[2:], low_ref.shape[2]
+    c, x = program_id(0) * _CODES + jnp.arange(_CODES), jnp.arange(width)
+    mask = (c < n_codes)[:, None] & (x < group)[None, :]
+    key = ordered(triton.load(table_ref.at[row, head, c[:, None], x[None, :]], mask=mask, other=-jnp.inf))
+    low = triton.load(low_ref.at[row, head, x], mask=x < group, other=0)[None, :]
+    tie = (key == low) & (triton.load(quota_ref.at[row, head, x], mask=x < group, other=0) > 0)[None, :]
+    bits = jnp.where(key > low, 1 << _SURE, jnp.where(tie, 1 << x[None, :], 0))
+    sure = jnp.max(bits & (1 << _SURE), axis=1)
+    some = jnp.sum(bits & ((1 << _SURE) - 1), axis=1)
+    triton.store(marks_ref.at[row, head, c], sure | some, mask=c < n_codes)
 
 
 def _reader(codes_ref, marks_ref, block: int, step: int):

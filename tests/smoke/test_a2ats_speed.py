@@ -7,7 +7,9 @@ import pytest
 
 from experiments import a2ats_speed, decode_model, results
 from experiments.a2ats_speed import Speed, speed
+from experiments.a2ats_steps import timed
 from experiments.a2ats_synthetic import locality
+from experiments.cases import case_of
 
 TINY = Speed(
     parts=("throughput", "small", "split", "context", "prefill"), cases=("tiny/1:1x512",),
@@ -72,6 +74,14 @@ def test_synthetic_tokens_are_found_again_as_often_as_wanted(wanted):
     found = locality(1000, 30, 4, 240, wanted, 0)
     assert abs(found.hit_rate - wanted) < 0.02
     assert 30 < found.union <= 120
+
+
+def test_steps_of_the_model_find_about_as_many_as_wanted():
+    """Of the tokens that are ranked; 72 are read in every step, and lie there."""
+    settings = dataclasses.replace(TINY, hot=0.4, hit_rate=0.8, steps=32, samples=2)
+    model, method, found = a2ats_speed._model(settings, case_of("tiny/1:1x1024"), 16)
+    hit_rate = timed(model, method, 1024, 1, settings=settings)["hit_rate"]
+    assert abs(hit_rate - (found.union * settings.hit_rate + 72) / (found.union + 72)) < 0.04
 
 
 @pytest.mark.parametrize(
