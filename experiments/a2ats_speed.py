@@ -228,10 +228,10 @@ def _timed_once(settings: Speed, stored: Results, case: Case, name: str) -> tupl
             values |= {"sigma": found.sigma, "wanted_hit_rate": settings.hit_rate}
         stored = stored.add(wanted, {"rows": rows, **values})
     row = stored.find(wanted)
-    found = "" if name == "full" else "{hit_rate:.1%} found on the device, {wanted_hit_rate:.1%} wanted"
+    found = "" if name == "full" else ", {hit_rate:.1%} found on the device, {wanted_hit_rate:.1%} wanted"
     print(
         f"decode {case.label} {name}: {row['rows']} rows, {row['step_us']:.0f} us a step, "
-        f"{row['tokens_per_s']:.0f} tokens/s, {row['fraction']:.2f} of the floor's rate, "
+        f"{row['tokens_per_s']:.0f} tokens/s, {row['fraction']:.2f} of the floor's rate"
         + found.format(**row),
         flush=True,
     )

@@ -26,7 +26,7 @@ __all__ = ["timed"]
 def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings: Any) -> dict[str, Any]:
     """Decodes up to `tokens` tokens; the first two calls do not count.
 
-    Tokens are drawn: random weights would soon repeat one, and every step would ask for the same rows.
+    Tokens are drawn: a model of random weights may come to repeat its own, and so ask for the same rows.
 
     settings: `steps` of a call, `samples`, `copy_mib` and `seed`.
 
