@@ -16,6 +16,8 @@ _SPEED = """
     a step off the straight line, at most | % | | line_deviation
 """
 
+_PROSE = "--texts moby-dick.txt pydoc_data.topics"
+
 
 def _chelsea_quality(options: str) -> str:
     """Returns each method's figures at each share of the slots.
@@ -134,7 +136,8 @@ def _below(stored: dict, path: str) -> str:
 
 
 CHELSEA: Mapping[str, Callable[[], str]] = {
-    "quality": functools.partial(_chelsea_quality, "--texts"),
+    "quality": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.2 0.25"),
+    "quality at half": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.5 0.1"),
     "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m"),
     "sweep": functools.partial(_chelsea_sweep, "--dtype float32"),
     "recent": functools.partial(_chelsea_sweep, "--texts"),
