@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import fetch_rows, stow_rows
 from pallas_kernels.backend import Target, aim
+from pallas_kernels.fetch_rows import gpu as fetch_rows_gpu
 from pallas_kernels.host import Blocks, Pages, as_pages, as_rows, empty_pages, on_host, pack, unpack
 
 HOST = jax.memory.Space.Host
@@ -51,6 +52,22 @@ def test_rows_are_written_into_pages_as_into_rows(place):
     out = jax.jit(lambda *args: stow_rows(*args, slots=SLOTS))(pages, staged, first, end)
     assert on_host(out) == (place == HOST)
     np.testing.assert_array_equal(as_rows(jax.device_put(out, jax.memory.Space.Device), SLOTS), expected)
+
+
+@pytest.mark.parametrize("order", ["forward", "backward"])
+@pytest.mark.parametrize("every", [1, 3, 40, 200])
+def test_a_program_copies_several_tiles_and_passes_over_empty_ones(every, order, monkeypatch):
+    """Of 150 places one in `every` names a row: tiles are full, sparse, and empty."""
+    monkeypatch.setattr(fetch_rows_gpu, "_PROGRAMS", 4)  # two for each head, of three tiles
+    near, far, staged = rows(1, 2 * 150, 16), rows(1, 2 * 200, 16), rows(1, 2, 8, 16)
+    place = jnp.arange(150)
+    idx = jnp.broadcast_to(jnp.where(place % every == every - 1, 199 - place, -1), (1, 2, 150))
+    rest = staged, idx, jnp.broadcast_to(place[::-1], idx.shape), jnp.full((1, 2), 192)
+    blocks = Blocks((200, 200))
+    with aim(Target("gpu", "interpreted", order)):
+        out = fetch_rows(near, far, *rest, blocks=blocks, impl="gpu")
+    np.testing.assert_array_equal(out, fetch_rows(near, far, *rest, blocks=blocks, impl="reference"))
+    assert bool((out != near).any()) == (every < 150)
 
 
 @pytest.mark.parametrize("first", [0, 20, 64])
