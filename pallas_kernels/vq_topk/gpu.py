@@ -64,14 +64,7 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
     step = chosen.block * -(-n_slots // (chosen.block * wanted))
     n_parts = -(-n_slots // step)
     call = functools.partial(gpu_call, grid=(n_parts, n_heads, batch), warps=chosen.warps, stages=1)
-    low, quota = gpu_call(
-        _bound, table, counts, n, grid=(group, n_heads, batch), out_shape=(number(group), number(group)),
-        warps=chosen.bound_warps, stages=1, name="vq_topk_bound",
-    )  # fmt: skip
-    marks = gpu_call(
-        _mark, table, low, quota, grid=(pl.cdiv(n_codes, _CODES), n_heads, batch), out_shape=number(n_codes),
-        stages=1, name="vq_topk_mark",
-    )  # fmt: skip
+    marks, quota = _marked(table, counts, n, group, chosen.bound_warps)
     limit, sizes = min(group * k + n_always, n_slots), {"block": chosen.block, "step": step}
     ties = None
     if n_parts > 1:
@@ -87,6 +80,21 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
         return idx[:, :, 0]
     gather = functools.partial(_gather, block=chosen.block)
     return call(gather, idx, count, out_shape=number(limit), name="vq_topk_gather")
+
+
+def _marked(table, counts, n, group: int, warps: int):
+    """Returns what becomes of each codeword's slots [B K C], and of how many at the thresholds [B K G]."""
+    batch, n_heads, n_codes, _ = table.shape
+    per_query, per_code = (jax.ShapeDtypeStruct((batch, n_heads, x), jnp.int32) for x in (group, n_codes))
+    low, quota = gpu_call(
+        _bound, table, counts, n, grid=(group, n_heads, batch), out_shape=(per_query, per_query),
+        warps=warps, stages=1, name="vq_topk_bound",
+    )  # fmt: skip
+    marks = gpu_call(
+        _mark, table, low, quota, grid=(pl.cdiv(n_codes, _CODES), n_heads, batch), out_shape=per_code,
+        stages=1, name="vq_topk_mark",
+    )  # fmt: skip
+    return marks, quota
 
 
 def _bound(
