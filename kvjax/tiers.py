@@ -141,14 +141,15 @@ def bring(
     if not tier.keep:
         none = {name: jnp.full_like(getattr(tier, name), -1) for name in ("line", "held", "used")}
         tier = tier.replace(**none)
-    line, held, used, place, new = assign_lines(tier.line, tier.held, tier.used, idx, now, blocks=blocks)
-    asked, copied = idx >= 0, new
+    line, held, used, place, *lists = assign_lines(tier.line, tier.held, tier.used, idx, now, blocks=blocks)
+    most = min(idx.shape[2], max(blocks.counts))  # many tokens may name few blocks
+    lists = [x[..., :most] for x in lists]
+    asked = (idx >= 0) & (idx != jnp.pad(idx, ((0, 0), (0, 0), (1, 0)), constant_values=-1)[..., :-1])
+    crossed = (lists[0] >= 0) & (lists[0] * tier.block < tier.first[..., None])
     if tier.block > 1:  # a block may have got rows since it was copied, which are staged
-        asked &= idx != jnp.pad(idx, ((0, 0), (0, 0), (1, 0)), constant_values=-1)[..., :-1]
+        there = jnp.take_along_axis(tier.held, jnp.maximum(place, 0), axis=2) == idx
         partly = (idx + 1) * tier.block > tier.first[..., None]
-        copied = jnp.where(asked & partly, idx, new)
-    crossed = (new >= 0) & (new * tier.block < tier.first[..., None])
-    lists = _listed(copied, place, min(idx.shape[2], max(blocks.counts)))
+        lists = _listed(jnp.where(asked & (partly | ~there), idx, -1), place, most)
     tier = tier.replace(
         k=fetch_rows(tier.k, far[0], tier.new_k, *lists, tier.first, blocks=blocks),
         v=fetch_rows(tier.v, far[1], tier.new_v, *lists, tier.first, blocks=blocks),
@@ -161,14 +162,12 @@ def bring(
     return tier, place
 
 
-def _listed(copied: Int[Array, "B K N"], line: Int[Array, "B K N"], n: int) -> tuple[Array, ...]:
-    """Returns the n places that may be copied: many tokens may have named few blocks."""
-    if n == copied.shape[2]:
-        return copied, line
+def _listed(copied: Int[Array, "B K N"], line: Int[Array, "B K N"], n: int) -> list[Array]:
+    """Returns the blocks to copy, at most n, and their lines, before -1."""
     rank = jnp.where(copied >= 0, jnp.cumsum(copied >= 0, axis=2) - 1, n)
     b, k = jnp.arange(len(rank))[:, None, None], jnp.arange(rank.shape[1])[:, None]
     none = jnp.full((*rank.shape[:2], n), -1, jnp.int32)
-    return tuple(none.at[b, k, rank].set(x, mode="drop") for x in (copied, line))
+    return [none.at[b, k, rank].set(x, mode="drop") for x in (copied, line)]
 
 
 def whole(tier: Tier, far: tuple, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ...]:

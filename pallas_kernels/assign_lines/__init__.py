@@ -21,14 +21,19 @@ def assign_lines(
     blocks: Blocks,
     impl: str | None = None,
 ) -> tuple[
-    Int[Array, "B M"], Int[Array, "B K C"], Int[Array, "B K C"], Int[Array, "B K N"], Int[Array, "B K N"]
+    Int[Array, "B M"],
+    Int[Array, "B K C"],
+    Int[Array, "B K C"],
+    Int[Array, "B K N"],
+    Int[Array, "B K N"],
+    Int[Array, "B K N"],
 ]:
     """Returns the three arrays after a step that reads blocks idx, the line of each, and what is new.
 
     A block that a line holds keeps it. The others, in their order, take the lines that were read longest
     ago, in the order of their numbers; of lines read at once the first go first, and none that this step
-    reads. The last result is idx where a block has got a line just now, and -1 elsewhere: what `fetch_rows`
-    copies. The first three are written in place, if they are donated.
+    reads. The last two results are the blocks that have got a line just now and their lines, and -1 after
+    them: what `fetch_rows` copies. The first three are written in place, if they are donated.
 
     Args:
         line: the line of each block, all heads' one after the other, M = Σ blocks.counts; -1 is none.
@@ -51,7 +56,7 @@ def assign_lines(
         >>> line, held = jnp.asarray([[0, -1, 1, -1]]), jnp.asarray([[[0, 2]]])
         >>> used, idx, now = jnp.asarray([[[3, 4]]]), jnp.asarray([[[2, 3]]]), jnp.asarray([5])
         >>> [x.tolist() for x in assign_lines(line, held, used, idx, now, blocks=Blocks((4,)))]
-        [[[-1, -1, 1, 0]], [[[3, 2]]], [[[5, 5]]], [[[1, 0]]], [[[-1, 3]]]]
+        [[[-1, -1, 1, 0]], [[[3, 2]]], [[[5, 5]]], [[[1, 0]]], [[[3, -1]]], [[[0, -1]]]]
     """
     heads, n_blocks = held.shape[:2], sum(blocks.counts)
     if line.shape != (held.shape[0], n_blocks) or len(blocks.slots) != heads[1] or used.shape != held.shape:

@@ -39,15 +39,15 @@ def run(line, held, used, idx, now, *, blocks: Blocks):
         grid=grid[:2], out_shape=shape(idx), warps=max(1, min(16, block // 256)), stages=1,
         name="assign_lines_oldest",
     )  # fmt: skip
-    line, held, used, place, new = gpu_call(
+    line, held, used, place, new, into = gpu_call(
         functools.partial(_assign, n_tiles=n_tiles),
         line, held, used, idx, now, row, known, counts, oldest,
-        grid=grid, out_shape=(shape(line), shape(held), shape(used), shape(idx), shape(idx)),
+        grid=grid, out_shape=(shape(line), shape(held), shape(used), *(shape(idx),) * 3),
         aliases={0: 0, 1: 1, 2: 2}, name="assign_lines",
     )  # fmt: skip
     if blocks.size > 1:  # blocks that are listed again
         place = reference.look_up(line, idx, blocks)
-    return line, held, used, place, new
+    return line, held, used, place, new, into
 
 
 def _listed(idx_ref, batch, head) -> tuple:
@@ -113,7 +113,11 @@ def _oldest(
         enough = total(middle) >= wanted
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    _, last = jax.lax.while_loop(lambda x: x[1] > x[0] + 1, halve, (jnp.int32(-2), now - 1))
+    def older(i, least):
+        return jnp.minimum(least, jnp.min(read(i)[1], axis=0))
+
+    never = jax.lax.fori_loop(0, steps, older, now) - 1
+    _, last = jax.lax.while_loop(lambda x: x[1] > x[0] + 1, halve, (never, now - 1))
     left = wanted - total(last - 1)  # of those read at `last`
 
     def write(i, carry):
@@ -145,6 +149,7 @@ def _assign(
     used_ref,  # [B K C] out
     place_ref,  # [B K N] out
     new_ref,  # [B K N] out
+    into_ref,  # [B K N] out
     *,
     n_tiles: int,
 ):
@@ -154,14 +159,18 @@ def _assign(
     known = triton.load(known_ref.at[batch, head, at], mask=inside, other=-1)
     new = first & (known < 0)
     tiles = jnp.arange(pl.next_power_of_2(n_tiles))
-    before = triton.load(count_ref.at[batch, head, tiles], mask=tiles < tile, other=0)
-    rank = jnp.sum(before) + jnp.cumsum(new.astype(jnp.int32), axis=0) - 1
+    counts = triton.load(count_ref.at[batch, head, tiles], mask=tiles < n_tiles, other=0)
+    before = jnp.sum(jnp.where(tiles < tile, counts, 0))
+    rank = before + jnp.cumsum(new.astype(jnp.int32), axis=0) - 1
     taken = triton.load(oldest_ref.at[batch, head, jnp.maximum(rank, 0)], mask=new, other=0)
     lost = triton.load(held_ref.at[batch, head, taken], mask=new, other=-1)
     triton.store(place_ref.at[batch, head, at], jnp.where(new, taken, known), mask=inside)
-    triton.store(new_ref.at[batch, head, at], jnp.where(new, idx, -1), mask=inside)
     # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
-    nowhere, row = line_ref.shape[1], row_ref[head]
+    nowhere, row, n = line_ref.shape[1], row_ref[head], idx_ref.shape[2]
+    for ref, values in ((new_ref, idx), (into_ref, taken)):
+        rest = inside & (at >= jnp.sum(counts))
+        triton.store(ref.at[batch, head, jnp.where(rest, at, n)], jnp.full((_TILE,), -1), mask=rest)
+        triton.store(ref.at[batch, head, jnp.where(new, rank, n)], values, mask=new)
     gone = new & (lost >= 0)
     triton.store(line_ref.at[batch, jnp.where(gone, row + lost, nowhere)], jnp.full((_TILE,), -1), mask=gone)
     triton.store(line_ref.at[batch, jnp.where(new, row + idx, nowhere)], taken, mask=new)

@@ -10,7 +10,7 @@ __all__ = ["look_up", "run"]
 
 
 def run(line, held, used, idx, now, *, blocks: Blocks):
-    """Returns line, held, used, the line of each block, and the blocks that are new."""
+    """Returns line, held, used, the line of each block, the blocks that are new, and their lines."""
     n_heads, n_lines = held.shape[1:]
     row = starts(blocks.counts)[:-1, None]  # of each head in `line`
     known = look_up(line, idx, blocks)
@@ -18,15 +18,18 @@ def run(line, held, used, idx, now, *, blocks: Blocks):
     new = first & (known < 0)
     b, k = jnp.arange(len(idx))[:, None, None], jnp.arange(n_heads)[:, None]
     used = used.at[b, k, jnp.where(known >= 0, known, n_lines)].set(now[:, None, None], mode="drop")
-    rank = jnp.maximum(jnp.cumsum(new, axis=-1) - 1, 0)
-    taken = jnp.take_along_axis(_oldest(used, now, new.sum(-1), idx.shape[2]), rank, axis=2)
+    rank, count = jnp.maximum(jnp.cumsum(new, axis=-1) - 1, 0), new.sum(-1)
+    oldest = _oldest(used, now, count, idx.shape[2])
+    taken = jnp.take_along_axis(oldest, rank, axis=2)
     lost = jnp.where(new, jnp.take_along_axis(held, taken, axis=2), -1)
     line = line.at[b, jnp.where(lost >= 0, row + lost, line.shape[1])].set(-1, mode="drop")
     line = line.at[b, jnp.where(new, row + idx, line.shape[1])].set(taken, mode="drop")
     place = (b, k, jnp.where(new, taken, n_lines))
     held = held.at[place].set(idx, mode="drop")
     used = used.at[place].set(now[:, None, None], mode="drop")
-    return line, held, used, look_up(line, idx, blocks), jnp.where(new, idx, -1)
+    listed = jnp.full_like(idx, -1).at[b, k, jnp.where(new, rank, idx.shape[2])].set(idx, mode="drop")
+    into = jnp.where(jnp.arange(idx.shape[2]) < count[..., None], oldest, -1)
+    return line, held, used, look_up(line, idx, blocks), listed, into
 
 
 def look_up(line, idx, blocks: Blocks):

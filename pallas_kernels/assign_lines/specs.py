@@ -79,7 +79,7 @@ SPECS = (
     LinesSpec(1, (17000, 16700), 1, 16500, 300),  # more lines than are looked at together
     LinesSpec(2, (90, 33), 4, 12, 10),
     LinesSpec(1, (256, 128), 16, 9, 8),
-    LinesSpec(8, (32768,) * 8, 1, 8192, 4096, uses=("bench",)),
+    *(LinesSpec(b, (32768,) * 8, 1, 8192, 4096, uses=("bench",)) for b in (8, 39)),
 )
 
 OP = Op(assign_lines, SPECS, platforms=("gpu",))

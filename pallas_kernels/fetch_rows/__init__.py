@@ -39,7 +39,7 @@ def fetch_rows(
         far: rows [B R D] of near's type, `Codes` of 8 bits with a scale per row, or, which alone a TPU's
             kernel takes, `Pages` of P slots. R = Σ slots.
         staged: the newest rows of each head.
-        idx: blocks to copy, counted from the head's first slot; -1 copies nothing.
+        idx: blocks to copy, counted from the head's first slot; the first -1 ends a head's list.
         line: where to; -1 copies nothing. No line is named twice.
         first: the first slot that is staged.
         blocks: capacity of each KV head and slots per block, P; 1 copies single slots.
@@ -47,7 +47,7 @@ def fetch_rows(
 
     Raises:
         ValueError: for shapes that disagree, or anything but `far` in host memory; in debug mode for an
-            index of no block or line.
+            index of no line, or blocks after a -1.
         NotImplementedError: for a type, head size or block without a kernel, where impl names one.
 
     Source: the host tier of A²ATS (arXiv 2502.12665) and LeoAM (arXiv 2506.20187).
@@ -75,6 +75,8 @@ def fetch_rows(
         raise ValueError("only far may lie in host memory: put the rest on the device")
     lines = n_rows // (len(slots) * block)
     debug_check(lambda: jnp.all((line >= -1) & (line < lines)), "a line is one of its head's, or -1 for none")
+    after = lambda: (idx[..., :-1] < 0) & (idx[..., 1:] >= 0)  # noqa: E731
+    debug_check(lambda: ~jnp.any(after()), "a -1 ends a head's list of blocks")
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     at = tuple(x.astype("int32") for x in (idx, line, first))
     return dispatch.run("fetch_rows", impl, impls, near, far, staged, *at, blocks=blocks)

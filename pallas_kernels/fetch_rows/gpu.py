@@ -1,8 +1,8 @@
-"""Row copies in Pallas Triton: a program copies tiles of one head's list, by pointers.
+"""Row copies in Pallas Triton: programs take turns at the tiles of one head's list, by pointers.
 
 Loads from pinned host memory cross the bus: all of a tile's are under way at once, and a program
-waits for nothing else, so that many programs keep the bus busy. Most of a list may be none: tiles
-without a row to copy are passed over.
+waits for nothing else, so that many programs keep the bus busy. A list is mostly far shorter than
+its room: a program ends at the first tile that begins after it.
 """
 
 import functools
@@ -20,6 +20,7 @@ __all__ = ["run"]
 
 _TILE = 32
 _PROGRAMS = 4096  # wanted in all
+_WARPS = 4
 
 
 def run(near, far, staged, idx, line, first, *, blocks: Blocks):
@@ -35,12 +36,13 @@ def run(near, far, staged, idx, line, first, *, blocks: Blocks):
     (batch, n_heads, n), slots = idx.shape, blocks.slots
     heads = jnp.asarray(np.stack([starts(slots)[:-1], slots], axis=1), jnp.int32)
     tiles = pl.cdiv(n * blocks.size, _TILE)
-    steps = pl.cdiv(tiles, pl.cdiv(_PROGRAMS, batch * n_heads))
+    programs = min(tiles, pl.cdiv(_PROGRAMS, batch * n_heads))
     return gpu_call(
-        functools.partial(_copy, block=blocks.size, steps=steps),
+        functools.partial(_copy, block=blocks.size, programs=programs),
         near, far, staged, idx, line, first, heads,
-        grid=(batch, n_heads, pl.cdiv(tiles, steps)),
-        out_shape=jax.ShapeDtypeStruct(near.shape, near.dtype), aliases={0: 0}, name="fetch_rows",
+        grid=(batch, n_heads, programs),
+        out_shape=jax.ShapeDtypeStruct(near.shape, near.dtype), aliases={0: 0}, warps=_WARPS,
+        name="fetch_rows",
     )  # fmt: skip
 
 
@@ -55,35 +57,38 @@ def _copy(
     out_ref,  # [B Q D]
     *,
     block: int,  # P
-    steps: int,
+    programs: int,
 ):
-    """Copies tiles of one head's list."""
-    batch, head, start = program_id(0), program_id(1), program_id(2) * steps
+    """Copies every `programs`-th tile of one head's list."""
+    batch, head = program_id(0), program_id(1)
     channel = jnp.arange(lanes(out_ref.shape[2]))
     fits = (channel < out_ref.shape[2])[None, :]
-    per_head = out_ref.shape[1] // idx_ref.shape[1]
+    per_head, n_listed = out_ref.shape[1] // idx_ref.shape[1], idx_ref.shape[2]
 
-    def visit(i, _):
-        at = (start + i) * _TILE + jnp.arange(_TILE)
+    def begun(tile):
+        """Says whether a tile begins before the list's end."""
+        n = jax.lax.div(tile * _TILE, block)
+        return triton.load(idx_ref.at[batch, head, n], mask=n < n_listed, other=-1) >= 0
+
+    def copy(carry):
+        tile, _ = carry
+        at = tile * _TILE + jnp.arange(_TILE)
         n, inside = jax.lax.div(at, block), jax.lax.rem(at, block)
-        listed = lambda ref: triton.load(ref.at[batch, head, n], mask=n < idx_ref.shape[2], other=-1)  # noqa: E731
+        listed = lambda ref: triton.load(ref.at[batch, head, n], mask=n < n_listed, other=-1)  # noqa: E731
         chosen, line = listed(idx_ref), listed(line_ref)
         slot = chosen * block + inside
         late = slot - first_ref[batch, head]
         alive = (chosen >= 0) & (line >= 0) & (slot < heads_ref[head, 1]) & (late < staged_ref.shape[2])
+        old, new = alive & (late < 0), alive & (late >= 0)
+        row = jnp.where(old, heads_ref[head, 0] + slot, 0)
+        (rows,) = decode_rows(far_ref, load_rows(far_ref, (batch, row, head), old), None, out_ref.dtype)
+        place = staged_ref.at[batch, head, jnp.where(new, late, 0)[:, None], channel[None, :]]
+        staged = triton.load(place, mask=new[:, None] & fits, other=0)
+        # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
+        to = jnp.where(alive, head * per_head + line * block + inside, out_ref.shape[1])
+        rows = jnp.where(new[:, None], staged, rows.astype(out_ref.dtype))
+        triton.store(out_ref.at[batch, to[:, None], channel[None, :]], rows, mask=alive[:, None] & fits)
+        return tile + programs, begun(tile + programs)
 
-        @pl.when(jnp.sum(alive.astype(jnp.int32)) > 0)
-        def copy():
-            old, new = alive & (late < 0), alive & (late >= 0)
-            row = jnp.where(old, heads_ref[head, 0] + slot, 0)
-            (rows,) = decode_rows(far_ref, load_rows(far_ref, (batch, row, head), old), None, out_ref.dtype)
-            place = staged_ref.at[batch, head, jnp.where(new, late, 0)[:, None], channel[None, :]]
-            staged = triton.load(place, mask=new[:, None] & fits, other=0)
-            # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
-            to = jnp.where(alive, head * per_head + line * block + inside, out_ref.shape[1])
-            rows = jnp.where(new[:, None], staged, rows.astype(out_ref.dtype))
-            triton.store(out_ref.at[batch, to[:, None], channel[None, :]], rows, mask=alive[:, None] & fits)
-
-        return _
-
-    jax.lax.fori_loop(0, steps, visit, 0)
+    start = program_id(2)
+    jax.lax.while_loop(lambda carry: carry[1], copy, (start, begun(start)))

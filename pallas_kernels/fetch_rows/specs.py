@@ -19,7 +19,7 @@ __all__ = ["OP", "FetchSpec"]
 class FetchSpec(Spec):
     """Sizes in the alphabet; lines: of each head. chosen: N, of which a fifth is none unless full.
 
-    host: far lies in pinned host memory. paged: as `Pages`.
+    host: far lies in pinned host memory. paged: as `Pages`. listed: places before the first -1, None for all.
     """
 
     batch: int
@@ -34,6 +34,7 @@ class FetchSpec(Spec):
     full: bool = False
     host: bool = False
     paged: bool = False
+    listed: int | None = None
     uses: tuple[str, ...] = ("test",)
 
     @property
@@ -47,7 +48,8 @@ class FetchSpec(Spec):
         kind = self.dtype if self.bits == 16 else f"int{self.bits}-{self.dtype}"
         kind += "-paged" if self.paged else ""
         sizes = f"b{self.batch}-k{len(self.slots)}-d{self.head_dim}-s{max(self.slots)}"
-        return f"{sizes}-p{self.block}x{self.chosen}of{self.lines}-{kind}{'-host' if self.host else ''}"
+        some = "" if self.listed is None else f"{self.listed}in"
+        return f"{sizes}-p{self.block}x{some}{self.chosen}of{self.lines}-{kind}{'-host' if self.host else ''}"
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs. Rows of no chosen block, and those that are staged instead, are NaN."""
@@ -83,6 +85,7 @@ class FetchSpec(Spec):
             order = jax.random.uniform(k, (self.batch, -(-size // self.block)))
             at, to = (jnp.argsort(x, axis=1)[:, : self.chosen].astype(jnp.int32) for x in (order, draw[0]))
             at = jnp.pad(at, ((0, 0), (0, self.chosen - at.shape[1])), constant_values=-1)
+            at = at if self.listed is None else jnp.where(jnp.arange(self.chosen) < self.listed, at, -1)
             to = to if self.full else jnp.where(draw[1][:, : self.chosen] < 0.2, -1, to)
             slot = at[..., None] * self.block + jnp.arange(self.block)
             named = ((at >= 0) & (to >= 0))[..., None] & (slot < size)
@@ -99,7 +102,8 @@ class FetchSpec(Spec):
         """Returns the bytes of the chosen rows, read and written, and of the lists."""
         size = jnp.dtype(self.dtype).itemsize
         row = self.head_dim * (size + (size if self.bits == 16 else 1)) + (self.bits < 16) * 2 * size
-        return self.batch * len(self.slots) * self.chosen * (self.block * row + 8)
+        copied = self.chosen if self.listed is None else self.listed
+        return self.batch * len(self.slots) * copied * (self.block * row + 8)
 
     def limit(self) -> float:
         """Returns the tolerance of one product, for codes; copies are exact."""
@@ -121,6 +125,7 @@ SPECS = (
     FetchSpec(1, 64, (512,), 128, 3, 2, 30, "float16", paged=True),
     *(FetchSpec(8, 128, (32768,) * 8, p, 1024 // p, 1024 // p, 64, host=True, **_TIMED) for p in (1, 16, 64)),
     FetchSpec(8, 128, (32768,) * 8, 1, 1024, 1024, 64, bits=8, host=True, **_TIMED),
+    FetchSpec(39, 128, (32768,) * 8, 1, 4096, 2048, 64, bits=8, listed=48, host=True, **_TIMED),
     FetchSpec(8, 128, (32768,) * 8, 32, 64, 64, 64, paged=True, host=True, **_TIMED),
     FetchSpec(8, 128, (32768,) * 8, 128, 16, 16, 64, paged=True, host=True, **_TIMED),
 )

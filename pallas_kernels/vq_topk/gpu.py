@@ -35,7 +35,7 @@ _SURE = 30  # the bit of a codeword whose slots are taken; below it, one for eac
 
 @dataclass(frozen=True)
 class Settings:
-    """programs: wanted in all. block: slots of one step. warps: of a part, then of a query head's bound."""
+    """programs: wanted in all. block: slots of one step, at most 2^15. warps: of a part, and of a bound."""
 
     programs: int = 528
     block: int = 4096
@@ -153,6 +153,19 @@ def _reader(codes_ref, marks_ref, block: int, step: int):
     return load
 
 
+def _two(marks, a: int, b: int):
+    """Returns a word for each mark: whether it has query head a's bit, and 2^16 for b's."""
+    return marks >> a & 1 | (marks >> b & 1) << 16 if a != b else marks >> a & 1
+
+
+def _each(group: int, count) -> list:
+    """Returns what is counted for each query head, of a block's slots; `count` counts for two at once."""
+    pairs = [(a, min(a + 1, group - 1)) for a in range(0, group, 2)]
+    words = [count(a, b) for a, b in pairs]
+    halves = [x for word in words for x in (word & 0xFFFF, word >> 16 & 0xFFFF)]
+    return halves[:group]
+
+
 def _ties(
     codes_ref,  # [B K S]
     marks_ref,  # [B K C]
@@ -167,7 +180,8 @@ def _ties(
 
     def count(i, seen):
         mark = load(i)[2]
-        return tuple(n + jnp.sum((mark >> g) & 1, axis=0) for g, n in enumerate(seen))
+        new = _each(group, lambda a, b: jnp.sum(_two(mark, a, b), axis=0))
+        return tuple(map(jnp.add, seen, new))
 
     for g, n in enumerate(jax.lax.fori_loop(0, step // block, count, (jnp.int32(0),) * group)):
         ties_ref[row, head, part, g] = n
@@ -200,12 +214,12 @@ def _keep(
             cut |= ((left[g] > 0) & (left[g] < n)).astype(jnp.int32) << g
 
     def first_few(mark, inside, seen):
-        new = []
+        ties = mark & cut
+        here = _each(group, lambda a, b: jnp.cumsum(_two(ties, a, b), axis=0))
+        new = _each(group, lambda a, b: jnp.sum(_two(ties, a, b), axis=0))
         for g, n in enumerate(seen):
-            tie = (mark & cut) >> g & 1
-            inside |= tie & (n + jnp.cumsum(tie, axis=0) <= left[g]).astype(jnp.int32)
-            new.append(n + jnp.sum(tie, axis=0))
-        return inside, tuple(new)
+            inside |= (ties >> g & 1) & (n + here[g] <= left[g]).astype(jnp.int32)
+        return inside, tuple(map(jnp.add, seen, new))
 
     def body(i, carry):
         n, seen = carry

@@ -87,9 +87,9 @@ def _candidates(spec: ChoiceSpec) -> list[gpu.Settings]:
     return [
         gpu.Settings(programs, block, warps, bound_warps)
         for programs in (264, 528, 1056)
-        for block in (2048, 4096, 8192)
-        for warps in (4, 8, 16)
-        for bound_warps in (2, 4, 8)
+        for block in (2048, 4096, 8192, 16384)
+        for warps in (4, 8, 16, 32)
+        for bound_warps in (1, 2, 4, 8)
     ]
 
 

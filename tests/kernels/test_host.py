@@ -55,19 +55,22 @@ def test_rows_are_written_into_pages_as_into_rows(place):
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
-@pytest.mark.parametrize("every", [1, 3, 40, 200])
-def test_a_program_copies_several_tiles_and_passes_over_empty_ones(every, order, monkeypatch):
-    """Of 150 places one in `every` names a row: tiles are full, sparse, and empty."""
-    monkeypatch.setattr(fetch_rows_gpu, "_PROGRAMS", 4)  # two for each head, of three tiles
+@pytest.mark.parametrize("n", [0, 1, 32, 33, 150])
+def test_programs_take_turns_at_tiles_and_end_with_the_list(n, order, monkeypatch):
+    """Of 150 places the first n name a row, of which every third has no line."""
+    monkeypatch.setattr(fetch_rows_gpu, "_PROGRAMS", 4)  # two for each head, of up to three tiles
     near, far, staged = rows(1, 2 * 150, 16), rows(1, 2 * 200, 16), rows(1, 2, 8, 16)
     place = jnp.arange(150)
-    idx = jnp.broadcast_to(jnp.where(place % every == every - 1, 199 - place, -1), (1, 2, 150))
-    rest = staged, idx, jnp.broadcast_to(place[::-1], idx.shape), jnp.full((1, 2), 192)
+    idx, line = (
+        jnp.broadcast_to(jnp.where(inside, x, -1), (1, 2, 150))
+        for inside, x in ((place < n, 199 - place), (place % 3 > 0, place[::-1]))
+    )
+    rest = staged, idx, line, jnp.full((1, 2), 192)
     blocks = Blocks((200, 200))
     with aim(Target("gpu", "interpreted", order)):
         out = fetch_rows(near, far, *rest, blocks=blocks, impl="gpu")
     np.testing.assert_array_equal(out, fetch_rows(near, far, *rest, blocks=blocks, impl="reference"))
-    assert bool((out != near).any()) == (every < 150)
+    assert int((out != near).any(-1).sum()) == 2 * (n - -(-n // 3))
 
 
 @pytest.mark.parametrize("first", [0, 20, 64])
