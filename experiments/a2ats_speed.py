@@ -172,7 +172,7 @@ def _prefill(settings: Speed, stored: Results) -> Results:
         logits, state = kvjax.prefill(model, ids, method, room=settings.steps, chunk=settings.chunk)
         jax.block_until_ready(logits)
         took, after = time.perf_counter() - start, _peak()
-        rows = sum(x.nbytes for kv in state for x in jax.tree.leaves((kv.k, kv.v)))
+        rows = sum(x.nbytes for kv in state for x in jax.tree.leaves(kv.rows))
         values = {"prefill_s": took, "kv_bytes": rows, "weight_bytes": weights}
         values |= {"peak_bytes": after, "peak_before_bytes": before}
         stored = stored.add(wanted, values)

@@ -79,7 +79,7 @@ def _floors(model: Model, state: State, rates: tuple[float, float], counts: list
     else:
         index = sum(x.aux.codes.nbytes + x.aux.centroids.nbytes for x in state)
         device = weight_bytes(model) + index + read * slot
-        crossed = missed * (2 * model.config.head_dim if isinstance(kv.k, Codes) else slot)
+        crossed = missed * (2 * model.config.head_dim if isinstance(kv.tier.far, Codes) else slot)
     return {
         "device_bytes": device, "bus_bytes": crossed, "read_per_step": read, "missed_per_step": missed,
         "hit_rate": 1 - missed / read if read else None, "device_floor_us": device / rates[0] * 1e6,

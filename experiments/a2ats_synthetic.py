@@ -106,8 +106,12 @@ def filled(model: Model, method: CacheMethod, batch: int, seen: int, total: int,
 def _layer(kv: KV, key: Array, method: CacheMethod, seen: int) -> KV:
     """Fills a layer: its rows one array at a time, so that the device holds one of them."""
     keys = jax.random.split(key, 3)
-    kv = kv.replace(k=_rows(kv.k, keys[0]))
-    kv = jax.block_until_ready(kv.replace(v=_rows(kv.v, keys[1])))
+    if kv.tier is None:
+        kv = kv.replace(k=_rows(kv.k, keys[0]))
+        kv = jax.block_until_ready(kv.replace(v=_rows(kv.v, keys[1])))
+    else:
+        far = jax.block_until_ready(_rows(kv.tier.far, keys[0]))
+        kv = kv.replace(tier=kv.tier.replace(far=far))
     return _index(kv, keys[2], method, seen)
 
 

@@ -130,7 +130,7 @@ def reads(state: State, method: Counted, model: Model) -> dict[str, Any]:
         rows = sum(kv.slots)
         one, two = (measure.nbytes(_index(m.method, kv, batch)) for batch in (1, 2))
         read, held = (float(jnp.mean(x / kv.aux.steps)) for x in (kv.aux.read, kv.aux.held))
-        slot_bytes = measure.nbytes((kv.k, kv.v, kv.pos, kv.mass)) / (len(kv.mass) * rows)
+        slot_bytes = measure.nbytes((kv.rows, kv.pos, kv.mass)) / (len(kv.mass) * rows)
         tokens.append(read / len(kv.slots))
         total += read * slot_bytes + held / rows * (two - one)
         shared += 2 * one - two

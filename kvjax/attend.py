@@ -39,16 +39,15 @@ def held(kv: KV, pos: Positions, selection: Selection | None) -> tuple[KV, KV, S
     """
     if kv.tier is None:
         return kv, kv, selection
-    far = (kv.k, kv.v)
     if selection is None:
-        k, v = tiers.whole(kv.tier, far, kv.slots)
+        k, v = tiers.whole(kv.tier, kv.slots)
         return kv, kv.replace(k=k, v=v, tier=None), None
     block, n_heads = kv.tier.block, len(kv.slots)
     per, rest = divmod(block, selection.block)
     if rest:
         raise ValueError(f"a tier's block holds whole ones of a selection, got {block=}, {selection.block=}")
     idx = jnp.where((pos >= 0)[..., None], selection.idx, -1)
-    tier, line = tiers.bring(kv.tier, far, jnp.where(idx >= 0, idx // per, -1), kv.seen, kv.slots)
+    tier, line = tiers.bring(kv.tier, jnp.where(idx >= 0, idx // per, -1), kv.seen, kv.slots)
     size = tier.k.shape[1] // n_heads
     slot = tier.held[..., None] * block + jnp.arange(block)  # [B K C P]
     inside = (tier.held >= 0)[..., None] & (slot < jnp.asarray(kv.slots)[:, None, None])

@@ -75,17 +75,22 @@ class Layer:
 class KV:
     """KV state of one layer. Arrays are leaves, the rest is static."""
 
-    k: Leaf  # [B R D], or a quantised store
-    v: Leaf  # [B R D], or a quantised store
+    k: Leaf  # [B R D], or a quantised store; None where the tier has it
+    v: Leaf  # as k
     pos: Leaf  # [B R] int32, rotary position of the slot
     mass: Leaf  # [B R] float32, tokens the slot stands for
     fill: Leaf  # [B K] int32, next free slot of the head
     seen: Leaf  # [B] int32, tokens consumed
     aux: Leaf  # the method's own index
-    tier: Leaf  # what the device holds where k and v lie on the host; None where they do not
+    tier: Leaf  # keys and values on the host, with what the device holds of them; None where k and v are
     layer: Layer = struct.field(pytree_node=False)
     slots: tuple[int, ...] = struct.field(pytree_node=False)  # [K] capacity of each head
     rotated: bool = struct.field(pytree_node=False)  # keys are stored rotated by pos
+
+    @property
+    def rows(self) -> Any:
+        """Keys and values where they lie: k and v, or the tier's rows on the host."""
+        return (self.k, self.v) if self.tier is None else self.tier.far
 
 
 class Run(NamedTuple):
@@ -136,13 +141,10 @@ def allocate(
             f"a layer has one capacity of at least 1 per KV head, got {slots=} for {layer.n_kv_heads=}"
         )
     rows, size = sum(slots), layer.head_dim
-    if host is None:
-        k, v = (jnp.zeros((batch, rows, size), dtype) for _ in range(2))
-    else:
-        k, v = (tiers.place(batch, slots, size, dtype, host) for _ in range(2))
+    here = lambda: jnp.zeros((batch, rows, size), dtype) if host is None else None  # noqa: E731
     return KV(
-        k=k,
-        v=v,
+        k=here(),
+        v=here(),
         pos=jnp.zeros((batch, rows), jnp.int32),
         mass=jnp.zeros((batch, rows), jnp.float32),
         fill=jnp.zeros((batch, layer.n_kv_heads), jnp.int32),

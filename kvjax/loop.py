@@ -213,8 +213,7 @@ def settle(state: State, room: int = tiers.STEPS) -> State:
 
 @functools.partial(jax.jit, donate_argnames="kv")
 def _flush(kv: KV) -> KV:
-    tier, (k, v) = tiers.flush(kv.tier, (kv.k, kv.v), kv.fill, kv.slots)
-    return kv.replace(k=k, v=v, tier=tier)
+    return kv.replace(tier=tiers.flush(kv.tier, kv.fill, kv.slots))
 
 
 def widen(state: State, model: Model, method: CacheMethod, extra: int) -> State:

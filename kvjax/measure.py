@@ -60,7 +60,7 @@ def bytes_read(state: State, methods: Sequence[CacheMethod]) -> int:
         if chosen is None:
             total += nbytes(kv)
             continue
-        per_slot = nbytes((kv.k, kv.v, kv.pos, kv.mass)) / (batch * sum(kv.slots))
+        per_slot = nbytes((kv.rows, kv.pos, kv.mass)) / (batch * sum(kv.slots))
         read = batch * layer.n_kv_heads * min(chosen.idx.shape[-1] * chosen.block, max(kv.slots))
         total += int(read * per_slot) + nbytes(kv.aux)
     return total

@@ -1,9 +1,10 @@
 """Keeps the rows of a layer in host memory, and on the device those that steps read.
 
-A program never writes to the host: it stages the rows of its new tokens on the device, and `flush`
-moves them between programs. `bring` copies the blocks that a step reads into lines on the device, but
-for those that lie there from earlier steps; attention reads lines alone, so what it computes does not
-depend on where rows were. The lines that were read longest ago make room.
+A slot's key and value lie there side by side, so that they cross the bus together. A program never
+writes to the host: it stages the rows of its new tokens on the device, and `flush` moves them between
+programs. `bring` copies the blocks that a step reads into lines on the device, but for those that lie
+there from earlier steps; attention reads lines alone, so what it computes does not depend on where rows
+were. The lines that were read longest ago make room.
 
 Source: A²ATS (arXiv 2502.12665) keeps K and V on the host; there the CPU attends. The lines are ours.
 """
@@ -29,7 +30,7 @@ from pallas_kernels.backend import debug_check, target
 from pallas_kernels.host import Blocks, as_rows, empty_pages
 
 __all__ = [
-    "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "flush", "hit_rate", "place", "resize",
+    "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "flush", "hit_rate", "resize",
     "stage", "whole",
 ]  # fmt: skip
 
@@ -55,8 +56,9 @@ class Host:
 
 @struct.dataclass
 class Tier:
-    """What the device holds of the rows of one layer, [K] heads of C lines of P slots."""
+    """A layer's rows on the host, and what the device holds of them: [K] heads of C lines of P slots."""
 
+    far: Leaf  # [B 2R D] on the host, the key of each slot and its value; codes, or pages, of such rows
     k: Leaf  # [B Q D] lines of keys, Q = K·C·P
     v: Leaf  # [B Q D] lines of values
     new_k: Leaf  # [B K W D] staged keys
@@ -72,11 +74,17 @@ class Tier:
 
 
 def empty(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host) -> Tier:
-    """Makes the device's part of a layer that holds nothing."""
+    """Makes a layer that holds nothing.
+
+    Raises:
+        ValueError: for blocks that a TPU cannot copy.
+        NotImplementedError: for codes on a TPU.
+    """
     n_heads, n_blocks = len(slots), sum(Blocks(slots, how.block).counts)
     rows = lambda *shape: jnp.zeros((batch, *shape, head_dim), dtype)  # noqa: E731
     number = lambda value, *shape: jnp.full((batch, *shape), value, jnp.int32)  # noqa: E731
     return Tier(
+        far=_place(batch, _both(slots), head_dim, dtype, how),
         k=rows(n_heads * how.lines * how.block), v=rows(n_heads * how.lines * how.block),
         new_k=rows(n_heads, STEPS), new_v=rows(n_heads, STEPS), first=number(0, n_heads),
         line=number(-1, n_blocks), held=number(-1, n_heads, how.lines), used=number(-1, n_heads, how.lines),
@@ -84,18 +92,18 @@ def empty(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host
     )  # fmt: skip
 
 
-def place(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host) -> Any:
-    """Makes rows in host memory: zeros [B R D], or codes whose scales lie on the device; for a TPU `Pages`.
+def _both(slots: Sequence[int]) -> tuple[int, ...]:
+    """Returns the rows of each head that are keys and values."""
+    return tuple(2 * s for s in slots)
 
-    Raises:
-        ValueError: for blocks that a TPU cannot copy.
-        NotImplementedError: for codes on a TPU.
-    """
+
+def _place(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host) -> Any:
+    """Makes rows in host memory: zeros [B R D], or codes with scales on the device; for a TPU `Pages`."""
     host = jax.memory.Space.Host
     if target().platform == "tpu":
         if how.bits is not None:
             raise NotImplementedError(f"a TPU keeps rows on the host as they are, got {how.bits=}: take None")
-        return jax.device_put(empty_pages(batch, Blocks(tuple(slots), how.block), head_dim, dtype), host)
+        return jax.device_put(empty_pages(batch, Blocks(tuple(slots), 2 * how.block), head_dim, dtype), host)
     shape = (batch, sum(slots), head_dim)
     rows = jax.device_put(jnp.zeros(shape, dtype if how.bits is None else jnp.uint8), host)
     if how.bits is None:
@@ -124,12 +132,11 @@ def stage(tier: Tier, slot: Int[Array, "B K T"], k: Array, v: Array) -> Tier:
 
 
 def bring(
-    tier: Tier, far: tuple, idx: Int[Array, "B K N"], now: Int[Array, " B"], slots: tuple[int, ...]
+    tier: Tier, idx: Int[Array, "B K N"], now: Int[Array, " B"], slots: tuple[int, ...]
 ) -> tuple[Tier, Int[Array, "B K N"]]:
     """Brings blocks into lines; returns the line of each.
 
     Args:
-        far: keys and values on the host.
         idx: blocks of each head, equal ones next to each other; -1 is none.
         now: tokens seen, which grow from step to step.
         slots: capacity of each head.
@@ -150,9 +157,11 @@ def bring(
         there = jnp.take_along_axis(tier.held, jnp.maximum(place, 0), axis=2) == idx
         partly = (idx + 1) * tier.block > tier.first[..., None]
         lists = _listed(jnp.where(asked & (partly | ~there), idx, -1), place, most)
+    staged = (tier.new_k, tier.new_v)
+    k, v = fetch_rows((tier.k, tier.v), tier.far, staged, *lists, tier.first, blocks=blocks)
     tier = tier.replace(
-        k=fetch_rows(tier.k, far[0], tier.new_k, *lists, tier.first, blocks=blocks),
-        v=fetch_rows(tier.v, far[1], tier.new_v, *lists, tier.first, blocks=blocks),
+        k=k,
+        v=v,
         line=line,
         held=held,
         used=used,
@@ -170,32 +179,26 @@ def _listed(copied: Int[Array, "B K N"], line: Int[Array, "B K N"], n: int) -> l
     return [none.at[b, k, rank].set(x, mode="drop") for x in (copied, line)]
 
 
-def whole(tier: Tier, far: tuple, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ...]:
+def whole(tier: Tier, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ...]:
     """Returns all keys and values on the device; for a prompt, which reads them once."""
     slot = tier.first[..., None] + jnp.arange(tier.new_k.shape[2])
     row = jnp.where(slot < jnp.asarray(slots)[:, None], starts(slots)[:-1, None] + slot, sum(slots))
-    b = jnp.arange(len(slot))[:, None, None]
-    rows = []
-    for store, new in zip(far, (tier.new_k, tier.new_v), strict=True):
-        # After this layer's rows are known, and not for all layers when the program begins.
-        store, _ = jax.lax.optimization_barrier((store, new))
-        here = jax.device_put(store, jax.memory.Space.Device)
-        here = as_rows(here, slots).astype(new.dtype)
-        rows.append(here.at[b, row].set(new, mode="drop"))
-    return tuple(rows)
+    b, new = jnp.arange(len(slot))[:, None, None], (tier.new_k, tier.new_v)
+    # After this layer's rows are known, and not for all layers when the program begins.
+    far, _ = jax.lax.optimization_barrier((tier.far, new))
+    here = as_rows(jax.device_put(far, jax.memory.Space.Device), _both(slots)).astype(new[0].dtype)
+    here = here.reshape(len(here), -1, 2, here.shape[2])
+    return tuple(here[:, :, i].at[b, row].set(x, mode="drop") for i, x in enumerate(new))
 
 
-def flush(tier: Tier, far: tuple, end: Int[Array, "B K"], slots: tuple[int, ...]) -> tuple[Tier, tuple]:
+def flush(tier: Tier, end: Int[Array, "B K"], slots: tuple[int, ...]) -> Tier:
     """Moves staged rows to the host.
 
     Args:
         end: slots in use of each head.
     """
-    moved = tuple(
-        _written(tier, store, new, end, slots)
-        for store, new in zip(far, (tier.new_k, tier.new_v), strict=True)
-    )
-    return (tier if tier.block == 1 else _sealed(tier, slots)).replace(first=end), moved
+    tier = tier.replace(far=_written(tier, end, slots))
+    return (tier if tier.block == 1 else _sealed(tier, slots)).replace(first=end)
 
 
 def resize(tier: Tier, room: int) -> Tier:
@@ -207,13 +210,15 @@ def resize(tier: Tier, room: int) -> Tier:
     return tier.replace(new_k=new_k, new_v=new_v)
 
 
-def _written(tier: Tier, far: Any, new: Array, end: Array, slots: tuple[int, ...]) -> Any:
+def _written(tier: Tier, end: Array, slots: tuple[int, ...]) -> Any:
     """Returns the host's rows with the staged ones."""
+    far, new = tier.far, jnp.stack([tier.new_k, tier.new_v], axis=3)  # [B K W 2 D]
+    new = new.reshape(*new.shape[:2], -1, new.shape[4])
+    write = lambda x, y: stow_rows(x, y, 2 * tier.first, 2 * end, slots=_both(slots))  # noqa: E731
     if not isinstance(far, Codes):
-        return stow_rows(far, new, tier.first, end, slots=slots)
+        return write(far, new)
     old, codes = (far.codes, far.scale, far.zero), storage.encode(new, far.bits, axis=-1)
-    parts = (stow_rows(x, y, tier.first, end, slots=slots) for x, y in zip(old, codes, strict=True))
-    return Codes(*parts, far.bits, far.block)
+    return Codes(*map(write, old, codes), far.bits, far.block)
 
 
 def _sealed(tier: Tier, slots: tuple[int, ...]) -> Tier:
@@ -244,7 +249,7 @@ def check_memory(state: Any) -> None:
 
     state: shapes of the layers.
     """
-    stores = [store for kv in state if kv.tier is not None for store in (kv.k, kv.v)]
+    stores = [kv.tier.far for kv in state if kv.tier is not None]
     rows = jax.tree.leaves([store.codes if isinstance(store, Codes) else store for store in stores])
     needed, here = sum(x.size * x.dtype.itemsize for x in rows), _here()
     free = _free(here)

@@ -95,7 +95,7 @@ def empty_pages(batch: int, blocks: Blocks, head_dim: int, dtype: Any) -> Pages:
     if blocks.size * row_bytes % _PAGE or 4 % dtype.itemsize:
         raise ValueError(
             f"from host memory a TPU copies whole pages of {_PAGE // 1024} KiB, got blocks of {blocks.size} "
-            f"slots of {row_bytes} bytes: take a multiple of {_PAGE // math.gcd(_PAGE, row_bytes)} slots"
+            f"rows of {row_bytes} bytes: take a multiple of {_PAGE // math.gcd(_PAGE, row_bytes)} rows"
         )
     shape = (batch, sum(blocks.counts), blocks.size * row_bytes // (4 * _LANES), _LANES)
     return Pages(jnp.zeros(shape, jnp.int32), dtype, head_dim)

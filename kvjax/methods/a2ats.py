@@ -67,7 +67,7 @@ class A2ATS(CacheMethod):
         tier: where K and V of layers that are not flat lie, "device" or "host".
         hot: on the host, tokens of each KV head whose rows stay on the device from step to step: at least
             what a step may read, 0 for none, None for twice what it may.
-        host_block: on the host, tokens that are brought together; a TPU brings 8 KiB of K or V, or more.
+        host_block: on the host, tokens that are brought together; a TPU brings 8 KiB of K and V, or more.
         host_bits: on the host, 8 for codes with a scale per row (not on a TPU), None for rows as they are.
     """
 

@@ -1,4 +1,4 @@
-"""Copies chosen rows of a cache, which may lie in host memory, into lines on the device."""
+"""Copies keys and values of chosen slots, which may lie in host memory, into lines on the device."""
 
 from typing import Any
 
@@ -15,16 +15,16 @@ __all__ = ["fetch_rows"]
 
 
 def fetch_rows(
-    near: Float[Array, "B Q D"],
+    near: tuple[Float[Array, "B Q D"], Float[Array, "B Q D"]],
     far: Any,
-    staged: Float[Array, "B K W D"],
+    staged: tuple[Float[Array, "B K W D"], Float[Array, "B K W D"]],
     idx: Int[Array, "B K N"],
     line: Int[Array, "B K N"],
     first: Int[Array, "B K"],
     *,
     blocks: Blocks,
     impl: str | None = None,
-) -> Float[Array, "B Q D"]:
+) -> tuple[Float[Array, "B Q D"], Float[Array, "B Q D"]]:
     """Returns `near` with line[b, k, n] of head k holding the rows of its block idx[b, k, n].
 
     Block i of a head is its slots i·P to i·P+P-1, and line l the rows l·P to l·P+P-1 of the head's Q/K.
@@ -32,13 +32,16 @@ def fetch_rows(
     head's capacity or the staged ones stay as they were.
 
     `far` may lie in pinned host memory, as for `sparse_decode_attention`; then the named rows cross the
-    bus and no others. All else lies on the device.
+    bus and no others. All else lies on the device. In `far` a slot's key and value lie side by side: what
+    a row takes to cross is more the search for its page than its bytes.
 
     Args:
-        near: lines of all heads, one head after the other; donate it, and it is written in place.
-        far: rows [B R D] of near's type, `Codes` of 8 bits with a scale per row, or, which alone a TPU's
-            kernel takes, `Pages` of P slots. R = Σ slots.
-        staged: the newest rows of each head.
+        near: lines of keys and of values of all heads, one head after the other; donate them, and they are
+            written in place.
+        far: rows [B 2R D] of near's type, row 2r the key of packed row r and 2r + 1 its value; `Codes` of 8
+            bits of them, with a scale per row; or, which alone a TPU's kernel takes, `Pages` of 2P of them.
+            R = Σ slots.
+        staged: the newest keys and values of each head.
         idx: blocks to copy, counted from the head's first slot; the first -1 ends a head's list.
         line: where to; -1 copies nothing. No line is named twice.
         first: the first slot that is staged.
@@ -52,20 +55,24 @@ def fetch_rows(
 
     Source: the host tier of A²ATS (arXiv 2502.12665) and LeoAM (arXiv 2506.20187).
 
-    Cost: reads and writes B·K·N·P·D elements at most, across the bus what is not staged.
+    Cost: reads and writes 2·B·K·N·P·D elements at most, across the bus what is not staged.
 
     Example:
-        >>> far = jnp.arange(6.0).reshape(1, 6, 1)
+        >>> far, near = jnp.arange(12.0).reshape(1, 12, 1), (-jnp.ones((1, 3, 1)),) * 2
         >>> idx, line = jnp.asarray([[[4, 1]]]), jnp.asarray([[[0, 2]]])
-        >>> staged, first = jnp.full((1, 1, 2, 1), 9.0), jnp.asarray([[4]])
-        >>> fetch_rows(-jnp.ones((1, 3, 1)), far, staged, idx, line, first, blocks=Blocks((6,)))[0, :, 0]
-        Array([ 9., -1.,  1.], dtype=float32)
+        >>> staged, first = (jnp.full((1, 1, 2, 1), 99.0),) * 2, jnp.asarray([[4]])
+        >>> k, v = fetch_rows(near, far, staged, idx, line, first, blocks=Blocks((6,)))
+        >>> k[0, :, 0].tolist(), v[0, :, 0].tolist()
+        ([99.0, -1.0, 2.0], [99.0, -1.0, 3.0])
     """
-    _check_stores(near, far, blocks)
-    slots, block, (batch, n_rows, size) = blocks.slots, blocks.size, near.shape
+    _check_stores(near[0], far, blocks)
+    slots, block, (batch, n_rows, size) = blocks.slots, blocks.size, near[0].shape
     heads = (batch, len(slots))
-    if staged.shape[:2] + staged.shape[3:] != (*heads, size) or staged.dtype != near.dtype:
-        raise ValueError(f"staged rows are [B K W D] of near's type, got {staged.shape} {staged.dtype}")
+    if near[1].shape != near[0].shape or near[1].dtype != near[0].dtype:
+        raise ValueError(f"keys and values have lines of one form, got {[(x.shape, x.dtype) for x in near]}")
+    for x in staged:
+        if x.shape[:2] + x.shape[3:] != (*heads, size) or x.dtype != near[0].dtype:
+            raise ValueError(f"staged rows are [B K W D] of near's type, got {x.shape} {x.dtype}")
     if idx.shape != line.shape or idx.ndim != 3 or idx.shape[:2] != heads or first.shape != heads:
         raise ValueError(
             f"each head has a list of blocks, as many lines and a first staged slot, got {idx.shape=}, "
@@ -85,16 +92,16 @@ def fetch_rows(
 def _check_stores(near: Any, far: Any, blocks: Blocks) -> None:
     """Raises ValueError where lines and far rows do not fit the blocks."""
     (batch, n_rows, size), pages = near.shape, isinstance(far, Pages)
-    if pages and (far.block, far.head_dim, far.dtype) != (blocks.size, size, near.dtype):
+    if pages and (far.block, far.head_dim, far.dtype) != (2 * blocks.size, size, near.dtype):
         raise ValueError(
-            f"pages hold blocks of near's rows, got {far.block} rows of {far.head_dim} {far.dtype} for "
+            f"pages hold keys and values of blocks, got {far.block} rows of {far.head_dim} {far.dtype} for "
             f"{near.shape=}, {near.dtype} and {blocks=}"
         )
     rows = far.words if pages else far.codes if isinstance(far, Codes) else far
-    wanted = (batch, sum(blocks.counts)) if pages else (batch, sum(blocks.slots), size)
+    wanted = (batch, sum(blocks.counts)) if pages else (batch, 2 * sum(blocks.slots), size)
     if rows.shape[: len(wanted)] != wanted or n_rows % (len(blocks.slots) * blocks.size):
         raise ValueError(
-            f"near holds whole lines of every head and far a row per slot, got {near.shape=} and "
+            f"near holds whole lines of every head and far two rows per slot, got {near.shape=} and "
             f"{rows.shape} for {blocks=}"
         )
     if isinstance(far, Codes) and (far.bits, far.block) != (8, None):

@@ -29,41 +29,45 @@ def run(near, far, staged, idx, line, first, *, blocks: Blocks):
     Raises:
         NotImplementedError: for types that the kernel does not take.
     """
-    if near.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"the kernel takes float32, bfloat16 and float16, got {near.dtype}")
+    if near[0].dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the kernel takes float32, bfloat16 and float16, got {near[0].dtype}")
     if isinstance(far, Pages):
         raise NotImplementedError("pages are a TPU's, whose kernel copies no rows: give rows or codes")
     (batch, n_heads, n), slots = idx.shape, blocks.slots
     heads = jnp.asarray(np.stack([starts(slots)[:-1], slots], axis=1), jnp.int32)
     tiles = pl.cdiv(n * blocks.size, _TILE)
     programs = min(tiles, pl.cdiv(_PROGRAMS, batch * n_heads))
+    lines = jax.ShapeDtypeStruct(near[0].shape, near[0].dtype)
     return gpu_call(
         functools.partial(_copy, block=blocks.size, programs=programs),
-        near, far, staged, idx, line, first, heads,
-        grid=(batch, n_heads, programs),
-        out_shape=jax.ShapeDtypeStruct(near.shape, near.dtype), aliases={0: 0}, warps=_WARPS,
+        *near, far, *staged, idx, line, first, heads,
+        grid=(batch, n_heads, programs), out_shape=(lines, lines), aliases={0: 0, 1: 1}, warps=_WARPS,
         name="fetch_rows",
     )  # fmt: skip
 
 
 def _copy(
-    _,  # [B Q D] near, which is out
-    far_ref,  # [B R D], or codes; in device or pinned host memory
-    staged_ref,  # [B K W D]
+    _near_k,  # [B Q D] near, which are the outputs
+    _near_v,
+    far_ref,  # [B 2R D], or codes; in device or pinned host memory
+    staged_k_ref,  # [B K W D]
+    staged_v_ref,  # [B K W D]
     idx_ref,  # [B K N]
     line_ref,  # [B K N]
     first_ref,  # [B K]
     heads_ref,  # [K 2] first packed row and capacity
-    out_ref,  # [B Q D]
+    k_ref,  # [B Q D] out
+    v_ref,  # [B Q D] out
     *,
     block: int,  # P
     programs: int,
 ):
     """Copies every `programs`-th tile of one head's list."""
     batch, head = program_id(0), program_id(1)
-    channel = jnp.arange(lanes(out_ref.shape[2]))
-    fits = (channel < out_ref.shape[2])[None, :]
-    per_head, n_listed = out_ref.shape[1] // idx_ref.shape[1], idx_ref.shape[2]
+    _, n_rows, size = k_ref.shape
+    channel = jnp.arange(lanes(size))
+    fits = (channel < size)[None, :]
+    per_head, n_listed = n_rows // idx_ref.shape[1], idx_ref.shape[2]
 
     def begun(tile):
         """Says whether a tile begins before the list's end."""
@@ -78,16 +82,20 @@ def _copy(
         chosen, line = listed(idx_ref), listed(line_ref)
         slot = chosen * block + inside
         late = slot - first_ref[batch, head]
-        alive = (chosen >= 0) & (line >= 0) & (slot < heads_ref[head, 1]) & (late < staged_ref.shape[2])
+        alive = (chosen >= 0) & (line >= 0) & (slot < heads_ref[head, 1]) & (late < staged_k_ref.shape[2])
         old, new = alive & (late < 0), alive & (late >= 0)
-        row = jnp.where(old, heads_ref[head, 0] + slot, 0)
-        (rows,) = decode_rows(far_ref, load_rows(far_ref, (batch, row, head), old), None, out_ref.dtype)
-        place = staged_ref.at[batch, head, jnp.where(new, late, 0)[:, None], channel[None, :]]
-        staged = triton.load(place, mask=new[:, None] & fits, other=0)
+        row = 2 * jnp.where(old, heads_ref[head, 0] + slot, 0)
+        loaded = [load_rows(far_ref, (batch, row + i, head), old) for i in range(2)]
         # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
-        to = jnp.where(alive, head * per_head + line * block + inside, out_ref.shape[1])
-        rows = jnp.where(new[:, None], staged, rows.astype(out_ref.dtype))
-        triton.store(out_ref.at[batch, to[:, None], channel[None, :]], rows, mask=alive[:, None] & fits)
+        to = jnp.where(alive, head * per_head + line * block + inside, n_rows)
+        for one, staged_ref, out_ref in zip(
+            loaded, (staged_k_ref, staged_v_ref), (k_ref, v_ref), strict=True
+        ):
+            (rows,) = decode_rows(far_ref, one, None, out_ref.dtype)
+            place = staged_ref.at[batch, head, jnp.where(new, late, 0)[:, None], channel[None, :]]
+            staged = triton.load(place, mask=new[:, None] & fits, other=0)
+            rows = jnp.where(new[:, None], staged, rows.astype(out_ref.dtype))
+            triton.store(out_ref.at[batch, to[:, None], channel[None, :]], rows, mask=alive[:, None] & fits)
         return tile + programs, begun(tile + programs)
 
     start = program_id(2)

@@ -54,20 +54,20 @@ class FetchSpec(Spec):
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs. Rows of no chosen block, and those that are staged instead, are NaN."""
         keys = jax.random.split(key, 4)
-        n_heads, rows = len(self.slots), (self.batch, sum(self.slots), self.head_dim)
-        near_rows = n_heads * self.lines * self.block
-        near = jax.random.normal(keys[0], (self.batch, near_rows, self.head_dim), self.dtype)
-        far = jax.random.normal(keys[1], rows, self.dtype)
-        staged = jax.random.normal(keys[2], (self.batch, n_heads, self.staged, self.head_dim), self.dtype)
+        n_heads, both = len(self.slots), tuple(2 * s for s in self.slots)
+        draw = lambda key, *shape: jax.random.normal(key, (self.batch, *shape, self.head_dim), self.dtype)  # noqa: E731
+        near = tuple(draw(k, n_heads * self.lines * self.block) for k in jax.random.split(keys[0]))
+        far = draw(keys[1], sum(both))
+        staged = tuple(draw(k, n_heads, self.staged) for k in jax.random.split(keys[2]))
         idx, line, read = self._lists(keys[3])
         first = jnp.asarray([s - self.staged for s in self.slots], jnp.int32)
         old = [jnp.arange(s) < f for s, f in zip(self.slots, first, strict=True)]
         if self.bits < 16:
-            far = quantize(far, self.bits, self.slots, None)
+            far = quantize(far, self.bits, both, None)
         elif not self.full:
-            far = jnp.where((read & jnp.concatenate(old))[..., None], far, jnp.nan)
+            far = jnp.where(jnp.repeat(read & jnp.concatenate(old), 2, axis=1)[..., None], far, jnp.nan)
         if self.paged:
-            far = as_pages(far, Blocks(self.slots, self.block))
+            far = as_pages(far, Blocks(both, 2 * self.block))
         if self.host:
             far = jax.device_put(far, jax.memory.Space.Host)
         first = jnp.broadcast_to(first, (self.batch, n_heads))
@@ -103,7 +103,7 @@ class FetchSpec(Spec):
         size = jnp.dtype(self.dtype).itemsize
         row = self.head_dim * (size + (size if self.bits == 16 else 1)) + (self.bits < 16) * 2 * size
         copied = self.chosen if self.listed is None else self.listed
-        return self.batch * len(self.slots) * copied * (self.block * row + 8)
+        return self.batch * len(self.slots) * copied * (2 * self.block * row + 8)
 
     def limit(self) -> float:
         """Returns the tolerance of one product, for codes; copies are exact."""

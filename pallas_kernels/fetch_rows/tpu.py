@@ -24,25 +24,36 @@ def run(near, far, staged, idx, line, first, *, blocks: Blocks):
     """
     if not isinstance(far, Pages):
         raise NotImplementedError(f"a TPU copies pages, got {type(far).__name__}: pack rows by `as_pages`")
-    (batch, n_heads, window, size), block = staged.shape, blocks.size
+    (batch, n_heads, _, size), block = staged[0].shape, blocks.size
     slots, head = jnp.asarray(blocks.slots)[:, None], jnp.arange(n_heads)[:, None]
-    lines = near.reshape(batch, -1, block, size)  # [B K·C P D]
-    per_head, b = lines.shape[1] // n_heads, jnp.arange(batch)[:, None, None]
+    n_lines = near[0].shape[1] // block  # of all heads, K·C
+    per_head, b = n_lines // n_heads, jnp.arange(batch)[:, None, None]
     named = (idx >= 0) & (line >= 0) & (idx * block < slots)
     page = jnp.where(named, starts(blocks.counts)[:-1, None] + idx, -1)
-    to = jnp.where(named, head * per_head + line, lines.shape[1])
-    rows = unpack(_copied(far.words, page), far.dtype, size)  # [B K N P D]
+    to = jnp.where(named, head * per_head + line, n_lines)
+    rows = unpack(_copied(far.words, page), far.dtype, size).reshape(*page.shape, block, 2, size)
     slot = idx[..., None] * block + jnp.arange(block)  # [B K N P]
     there = (slot < jnp.minimum(first, slots[:, 0])[:, :, None, None])[..., None]
-    rows = jnp.where(there, rows, lines.at[b, to].get(mode="clip"))
-    near = lines.at[b, to].set(rows, mode="drop").reshape(near.shape)
 
-    slot = first[..., None] + jnp.arange(window)  # [B K W]
+    def copied(x, i):
+        lines = x.reshape(batch, n_lines, block, size)
+        new = jnp.where(there, rows[..., i, :], lines.at[b, to].get(mode="clip"))
+        return lines.at[b, to].set(new, mode="drop").reshape(x.shape)
+
+    late = _late(staged[0].shape[2], idx, line, first, blocks)
+    late = jnp.where(late >= 0, head * per_head * block + late, near[0].shape[1])
+    near = (copied(x, i) for i, x in enumerate(near))
+    return tuple(x.at[b, late].set(new, mode="drop") for x, new in zip(near, staged, strict=True))
+
+
+def _late(window: int, idx, line, first, blocks: Blocks):
+    """Returns where in its head's lines each staged row goes [B K W], -1 for nowhere."""
+    slots, block = jnp.asarray(blocks.slots)[:, None], blocks.size
+    slot = first[..., None] + jnp.arange(window)
     match = (idx[:, :, None] == (slot // block)[..., None]) & (line >= 0)[:, :, None]  # [B K W N]
     at = jnp.take_along_axis(line, jnp.argmax(match, -1), axis=2)
     alive = match.any(-1) & (slot < slots)
-    to = jnp.where(alive, (head * per_head + at) * block + slot % block, near.shape[1])
-    return near.at[b, to].set(staged, mode="drop")
+    return jnp.where(alive, at * block + slot % block, -1)
 
 
 def _copied(words, page):

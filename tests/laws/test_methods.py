@@ -137,11 +137,16 @@ def test_empty_slots_may_hold_nan(name, model_name):
     first, state = kvjax.prefill(model, ids, method, room=NEW)
 
     def poison(kv):
-        if not isinstance(kv.k, jax.Array):
+        rows = jax.tree.leaves(kv.rows)
+        if not all(x.dtype == rows[0].dtype for x in rows) or isinstance(kv.k, storage.Quantized):
             return kv  # codes hold no NaN
-        empty = (kv.mass == 0)[..., None]
-        k, v = (jax.device_put(jnp.where(empty, jnp.nan, np.asarray(x)), x.sharding) for x in (kv.k, kv.v))
-        return kv.replace(k=k, v=v)
+        empty, new = (kv.mass == 0)[..., None], []
+        for x in rows:
+            where = jnp.repeat(empty, x.shape[1] // empty.shape[1], axis=1)
+            new.append(jax.device_put(jnp.where(where, jnp.nan, np.asarray(x)), x.sharding))
+        if kv.tier is None:
+            return kv.replace(k=new[0], v=new[1])
+        return kv.replace(tier=kv.tier.replace(far=new[0]))
 
     assert any((kv.mass == 0).any() for kv in state)
     poisoned = tuple(poison(kv) for kv in jax.tree.map(jnp.copy, state))

@@ -48,8 +48,9 @@ def test_the_host_gives_the_bits_of_the_device(how, on_device):
     _, kept, state = decoded(a2ats(tier="host", **how))
     np.testing.assert_array_equal(kept, of_device[1])
     for kv in state:
-        assert {x.sharding.memory_kind for x in (kv.k, kv.v)} == {"pinned_host"}
-        others = jax.tree.leaves(kv.replace(k=None, v=None))
+        assert kv.tier.far.sharding.memory_kind == "pinned_host"
+        assert kv.k is kv.v is None
+        others = jax.tree.leaves(kv.replace(tier=kv.tier.replace(far=None)))
         assert {x.sharding.memory_kind for x in others} == {
             MODEL.params["embed"]["embedding"].sharding.memory_kind
         }
@@ -60,13 +61,12 @@ def test_the_host_holds_what_the_device_would(on_device):
     for kv, other in zip(state, on_device[2], strict=True):
         np.testing.assert_array_equal(kv.tier.first, kv.fill)  # nothing is left staged
         alive = np.asarray(kv.mass) > 0
-        for name in ("k", "v"):
-            mine, theirs = (np.asarray(getattr(x, name))[alive] for x in (kv, other))
-            np.testing.assert_array_equal(mine, theirs)
+        for i, rows in enumerate((other.k, other.v)):
+            np.testing.assert_array_equal(np.asarray(kv.tier.far)[:, i::2][alive], np.asarray(rows)[alive])
 
 
 def test_pages_of_a_tpu_give_the_bits_of_the_device(on_device):
-    method = a2ats(tier="host", host_block=128)  # a page; the second one of a head is cut short
+    method = a2ats(tier="host", host_block=64)  # a page; the last one of a head is cut short
     with aim(TPU):
         state = loop.init_state(MODEL, method, 2, 96 + STEPS)
     logits, state = kvjax.prefill(MODEL, PROMPTS, method, state=state, chunk=32)
@@ -74,12 +74,12 @@ def test_pages_of_a_tpu_give_the_bits_of_the_device(on_device):
     np.testing.assert_array_equal(kept, on_device[1])
     for kv, other in zip(state, on_device[2], strict=True):
         alive = np.asarray(kv.mass) > 0
-        for name in ("k", "v"):
-            pages = getattr(kv, name)
-            assert isinstance(pages, Pages)
-            assert pages.words.sharding.memory_kind == "pinned_host"
-            rows = as_rows(jax.device_put(pages, jax.memory.Space.Device), kv.slots)
-            np.testing.assert_array_equal(rows[alive], np.asarray(getattr(other, name))[alive])
+        assert isinstance(kv.tier.far, Pages)
+        assert kv.tier.far.words.sharding.memory_kind == "pinned_host"
+        both = tuple(2 * s for s in kv.slots)
+        mine = as_rows(jax.device_put(kv.tier.far, jax.memory.Space.Device), both)
+        for i, rows in enumerate((other.k, other.v)):
+            np.testing.assert_array_equal(np.asarray(mine)[:, i::2][alive], np.asarray(rows)[alive])
 
 
 def test_prompts_of_different_lengths_that_go_on_and_stop():
@@ -111,18 +111,22 @@ def test_codes_of_8_bits_are_within_half_a_step():
     _, _, exact = decoded(a2ats(), forced=FORCED[:, :1])
     kv, other = state[0], exact[0]  # later layers see what the first one read
     alive = np.asarray(kv.mass) > 0
-    codes, scale, zero = (np.asarray(x, np.float32)[alive] for x in (kv.k.codes, kv.k.scale, kv.k.zero))
-    error = np.abs(codes * scale + zero - np.asarray(other.k)[alive]) / scale
-    assert kv.k.codes.sharding.memory_kind == "pinned_host"
-    assert error.max() <= 0.51
+    far = kv.tier.far
+    for i, rows in enumerate((other.k, other.v)):
+        codes, scale, zero = (
+            np.asarray(x, np.float32)[:, i::2][alive] for x in (far.codes, far.scale, far.zero)
+        )
+        error = np.abs(codes * scale + zero - np.asarray(rows)[alive]) / scale
+        assert error.max() <= 0.51
+    assert far.codes.sharding.memory_kind == "pinned_host"
 
 
 def test_the_bytes_of_the_device_do_not_grow_with_those_of_the_host():
     method = a2ats(tier="host")
     _, state = kvjax.prefill(MODEL, PROMPTS, method, room=300)
     kv = state[0]
-    assert measure.nbytes((kv.tier.k, kv.tier.v)) < 0.25 * measure.nbytes((kv.k, kv.v))
-    rows = measure.nbytes([(kv.k, kv.v) for kv in state])
+    assert measure.nbytes((kv.tier.k, kv.tier.v)) < 0.25 * measure.nbytes(kv.tier.far)
+    rows = measure.nbytes([kv.tier.far for kv in state])
     assert measure.host_bytes(state) == rows < measure.nbytes(state)
     assert measure.host_bytes(kvjax.prefill(MODEL, PROMPTS, a2ats(), room=4)[1]) == 0
 
@@ -150,11 +154,12 @@ class Lines:
 def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block, lines):
     rng, paged = np.random.default_rng(seed), block == 16
     slots, size, n = ((160, 104), 128, 6) if paged else ((40, 26), 8, 6)
-    rows = tuple(jnp.asarray(rng.normal(size=(1, sum(slots), size)), jnp.float32) for _ in range(2))
-    far = tuple(as_pages(x, Blocks(slots, block)) if paged else x for x in rows)
+    both = tuple(2 * s for s in slots)
+    rows = jnp.asarray(rng.normal(size=(1, sum(both), size)), jnp.float32)
+    far = as_pages(rows, Blocks(both, 2 * block)) if paged else rows
     how = tiers.Host(lines=lines, block=block)
     tier = tiers.empty(1, slots, size, jnp.float32, how)
-    tier = tier.replace(first=jnp.asarray([slots], jnp.int32))
+    tier = tier.replace(far=far, first=jnp.asarray([slots], jnp.int32))
     bring = jax.jit(tiers.bring, static_argnames="slots")
     models, missed = [Lines(lines) for _ in slots], 0
     for now in range(1, 12):
@@ -162,7 +167,7 @@ def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block
         for k, s in enumerate(slots):
             chosen = np.sort(rng.permutation(min(10, -(-s // block)))[: rng.integers(0, n + 1)])
             idx[0, k, : len(chosen)] = chosen
-        tier, line = bring(tier, far, jnp.asarray(idx), jnp.asarray([now]), slots=slots)
+        tier, line = bring(tier, jnp.asarray(idx), jnp.asarray([now]), slots=slots)
         for k, model in enumerate(models):
             blocks = [b for b in idx[0, k] if b >= 0]
             missed += model.read(blocks, now)
@@ -176,17 +181,17 @@ def test_lines_hold_what_was_read_and_lose_what_was_read_longest_ago(seed, block
                 first = sum(slots[:k]) + b * block
                 full = min(block, slots[k] - b * block)
                 here = k * lines * block + at * block
-                for store, lies in zip(rows, (tier.k, tier.v), strict=True):
-                    np.testing.assert_array_equal(lies[0, here : here + full], store[0, first : first + full])
+                for i, lies in enumerate((tier.k, tier.v)):
+                    of_host = rows[0, i::2][first : first + full]
+                    np.testing.assert_array_equal(lies[0, here : here + full], of_host)
     assert int(tier.missed.sum()) == missed
     assert len({b for b in np.asarray(tier.held)[0, 0] if b >= 0}) == (np.asarray(tier.held)[0, 0] >= 0).sum()
 
 
 def test_a_step_that_reads_more_than_the_lines_is_refused():
     tier = tiers.empty(1, (40,), 8, jnp.float32, tiers.Host(lines=4))
-    far = (jnp.zeros((1, 40, 8)),) * 2
     with pytest.raises(ValueError, match="got 6 blocks for 4 lines: have more"):
-        tiers.bring(tier, far, jnp.zeros((1, 1, 6), jnp.int32), jnp.zeros(1, jnp.int32), (40,))
+        tiers.bring(tier, jnp.zeros((1, 1, 6), jnp.int32), jnp.zeros(1, jnp.int32), (40,))
 
 
 def test_more_tokens_than_are_staged_are_refused():
@@ -282,7 +287,7 @@ def test_fewer_hot_tokens_than_a_step_reads_are_refused():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"host_block": 64}, ValueError, "pages of 8 KiB.*blocks of 64 slots of 64 bytes.*multiple of 128"),
+        ({"host_block": 32}, ValueError, "pages of 8 KiB.*blocks of 64 rows of 64 bytes.*multiple of 128"),
         ({"host_block": 128, "host_bits": 8}, NotImplementedError, r"got how\.bits=8: take None"),
     ],
 )
