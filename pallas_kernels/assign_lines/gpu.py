@@ -18,7 +18,7 @@ from pallas_kernels.host import Blocks
 __all__ = ["run"]
 
 _TILE = 256
-_BLOCK = 2**14  # lines that are looked at together, at most
+_BLOCK = 2**14  # lines that are looked at together, at most; fewer than 2^15
 
 
 def run(line, held, used, idx, now, *, blocks: Blocks):
@@ -121,15 +121,18 @@ def _oldest(
     left = wanted - total(last - 1)  # of those read at `last`
 
     def write(i, carry):
-        n, seen = carry
+        before, seen = carry  # lines read before `last`, and at it
         at, used = read(i)
-        tie = (used == last).astype(jnp.int32)
-        few = tie & (seen + jnp.cumsum(tie, axis=0) <= left).astype(jnp.int32)
-        inside = few | (used < last).astype(jnp.int32)
+        tie, older = used == last, used < last
+        both = older.astype(jnp.int32) + (tie.astype(jnp.int32) << 16)  # a block has fewer than 2^15
+        upto = jnp.cumsum(both, axis=0)
+        n_older, n_tie = before + (upto & 0xFFFF), seen + (upto >> 16)
+        inside = older | (tie & (n_tie <= left))
         # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
-        place = jnp.where(inside > 0, n + jnp.cumsum(inside, axis=0) - 1, oldest_ref.shape[2])
-        triton.store(oldest_ref.at[batch, head, place], at, mask=inside > 0)
-        return n + jnp.sum(inside, axis=0), seen + jnp.sum(tie, axis=0)
+        place = jnp.where(inside, n_older + jnp.minimum(n_tie, left) - 1, oldest_ref.shape[2])
+        triton.store(oldest_ref.at[batch, head, place], at, mask=inside)
+        total = jnp.sum(both, axis=0)
+        return before + (total & 0xFFFF), seen + (total >> 16)
 
     jax.lax.fori_loop(0, steps, write, (jnp.int32(0), jnp.int32(0)))
 

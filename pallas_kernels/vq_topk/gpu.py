@@ -30,6 +30,7 @@ from pallas_kernels.vq_scores.gpu import tables
 __all__ = ["Settings", "run"]
 
 _CODES = 1024  # that a program marks
+_HALVINGS, _DESCENTS = 12, 2
 _SURE = 30  # the bit of a codeword whose slots are taken; below it, one for each query head
 
 
@@ -109,14 +110,49 @@ def _bound(
     n_codes = table_ref.shape[2]
     c = jnp.arange(pl.next_power_of_2(n_codes))
     count = triton.load(counts_ref.at[row, head, c], mask=c < n_codes, other=0)
-    key = ordered(triton.load(table_ref.at[row, head, c, g], mask=c < n_codes, other=-jnp.inf))
+    score = triton.load(table_ref.at[row, head, c, g], mask=c < n_codes, other=-jnp.inf)
+    key = ordered(score)
     alive = jnp.sum(count, axis=0)
     wanted = jnp.minimum(n_ref[row], alive)
     total = lambda inside: jnp.sum(jnp.where(inside, count, 0), axis=0)  # noqa: E731  slots of codewords
     start = (jnp.int32(LOWEST), jnp.max(key, axis=0) + 1, alive)
-    low, _ = bisect(lambda t: total(key >= t), start, wanted, wanted)
+    low, _ = bisect(lambda t: total(key >= t), _narrowed(score, key, total, start, wanted), wanted, wanted)
     low_ref[row, head, g] = low
     quota_ref[row, head, g] = wanted - total(key > low)
+
+
+def _narrowed(score, key, total, start, wanted):
+    """Returns a start for `bisect` that is mostly the threshold already, in half of the steps.
+
+    Halving the range of the scores, and not that of their keys, soon leaves one codeword between; then
+    the highest codeword below the upper end is the threshold.
+    """
+    finite = jnp.abs(score) < jnp.inf
+    ends = (
+        jnp.min(jnp.where(finite, score, jnp.inf), axis=0),
+        jnp.max(jnp.where(finite, score, -jnp.inf), axis=0),
+    )
+
+    def halve(_, carry):
+        low, high, ends, n = carry
+        middle = ends[0] + 0.5 * (ends[1] - ends[0])
+        at = ordered(middle)
+        n_middle = total(key >= at)
+        inside, enough = (at > low) & (at < high), n_middle >= wanted
+        up, down = inside & enough, inside & ~enough
+        ends = (jnp.where(enough, middle, ends[0]), jnp.where(enough, ends[1], middle))
+        return jnp.where(up, at, low), jnp.where(down, at, high), ends, jnp.where(up, n_middle, n)
+
+    low, high, _, n = jax.lax.fori_loop(0, _HALVINGS, halve, (*start[:2], ends, start[2]))
+
+    def descend(_, carry):
+        low, high, n = carry
+        at = jnp.maximum(jnp.max(jnp.where(key < high, key, LOWEST), axis=0), low)
+        n_at = total(key >= at)
+        enough = n_at >= wanted
+        return jnp.where(enough, at, low), jnp.where(enough, at + 1, at), jnp.where(enough, n_at, n)
+
+    return jax.lax.fori_loop(0, _DESCENTS, descend, (low, high, n))
 
 
 def _mark(
