@@ -119,7 +119,7 @@ def _rows(store: object, key: Array) -> object:
     """Returns random rows of the store's shape and type, where it lies: normal ones, or codes of -2 to 2."""
     if not isinstance(store, Codes):
         return jax.device_put(_drawn(key, store.shape, store.dtype), store.sharding)
-    codes = jax.device_put(_drawn(key, store.codes.shape, jnp.uint8), store.codes.sharding)
+    codes = jax.device_put(_drawn(key, store.codes.shape, store.codes.dtype), store.codes.sharding)
     scale, zero = jnp.full_like(store.scale, 4 / 255), jnp.full_like(store.zero, -2)
     return Codes(codes, scale, zero, store.bits, store.block)
 
@@ -127,7 +127,7 @@ def _rows(store: object, key: Array) -> object:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _drawn(key: Array, shape: tuple[int, ...], dtype: np.dtype) -> Array:
     """Draws an array part by part: a generator takes 16 bytes and more for each number that it makes."""
-    draw = jax.random.bits if dtype == jnp.uint8 else jax.random.normal
+    draw = jax.random.bits if jnp.issubdtype(dtype, jnp.unsignedinteger) else jax.random.normal
     n_parts = math.gcd(math.prod(shape[:2]), _PARTS)
     part = (math.prod(shape[:2]) // n_parts, *shape[2:])
     return jax.lax.map(lambda key: draw(key, part, dtype), jax.random.split(key, n_parts)).reshape(shape)

@@ -27,7 +27,7 @@ from kvjax.shapes import Leaf
 from pallas_kernels import Codes, assign_lines, fetch_rows, stow_rows
 from pallas_kernels.attention import starts
 from pallas_kernels.backend import debug_check, target
-from pallas_kernels.host import Blocks, as_rows, empty_pages
+from pallas_kernels.host import Blocks, as_rows, empty_pages, pairs, unpaired
 
 __all__ = [
     "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "flush", "hit_rate", "resize",
@@ -58,7 +58,7 @@ class Host:
 class Tier:
     """A layer's rows on the host, and what the device holds of them: [K] heads of C lines of P slots."""
 
-    far: Leaf  # [B 2R D] on the host, the key of each slot and its value; codes, or pages, of such rows
+    far: Leaf  # [B 2R D] on the host, the key of each slot and its value; pairs, or pages, of such rows
     k: Leaf  # [B Q D] lines of keys, Q = K·C·P
     v: Leaf  # [B Q D] lines of values
     new_k: Leaf  # [B K W D] staged keys
@@ -84,7 +84,7 @@ def empty(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host
     rows = lambda *shape: jnp.zeros((batch, *shape, head_dim), dtype)  # noqa: E731
     number = lambda value, *shape: jnp.full((batch, *shape), value, jnp.int32)  # noqa: E731
     return Tier(
-        far=_place(batch, _both(slots), head_dim, dtype, how),
+        far=_place(batch, slots, head_dim, dtype, how),
         k=rows(n_heads * how.lines * how.block), v=rows(n_heads * how.lines * how.block),
         new_k=rows(n_heads, STEPS), new_v=rows(n_heads, STEPS), first=number(0, n_heads),
         line=number(-1, n_blocks), held=number(-1, n_heads, how.lines), used=number(-1, n_heads, how.lines),
@@ -98,17 +98,17 @@ def _both(slots: Sequence[int]) -> tuple[int, ...]:
 
 
 def _place(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host) -> Any:
-    """Makes rows in host memory: zeros [B R D], or codes with scales on the device; for a TPU `Pages`."""
+    """Makes keys and values in host memory; `pairs` of codes have their scales on the device."""
     host = jax.memory.Space.Host
     if target().platform == "tpu":
         if how.bits is not None:
             raise NotImplementedError(f"a TPU keeps rows on the host as they are, got {how.bits=}: take None")
-        return jax.device_put(empty_pages(batch, Blocks(tuple(slots), 2 * how.block), head_dim, dtype), host)
-    shape = (batch, sum(slots), head_dim)
-    rows = jax.device_put(jnp.zeros(shape, dtype if how.bits is None else jnp.uint8), host)
+        return jax.device_put(empty_pages(batch, Blocks(_both(slots), 2 * how.block), head_dim, dtype), host)
+    n_rows = sum(slots)
     if how.bits is None:
-        return rows
-    return Codes(rows, *(jnp.zeros((*shape[:2], 1), dtype) for _ in range(2)), how.bits, None)
+        return jax.device_put(jnp.zeros((batch, 2 * n_rows, head_dim), dtype), host)
+    words = jax.device_put(jnp.zeros((batch, n_rows, head_dim), jnp.uint16), host)
+    return Codes(words, *(jnp.zeros((batch, n_rows, 2), dtype) for _ in range(2)), how.bits, None)
 
 
 def stage(tier: Tier, slot: Int[Array, "B K T"], k: Array, v: Array) -> Tier:
@@ -186,7 +186,8 @@ def whole(tier: Tier, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ..
     b, new = jnp.arange(len(slot))[:, None, None], (tier.new_k, tier.new_v)
     # After this layer's rows are known, and not for all layers when the program begins.
     far, _ = jax.lax.optimization_barrier((tier.far, new))
-    here = as_rows(jax.device_put(far, jax.memory.Space.Device), _both(slots)).astype(new[0].dtype)
+    here = jax.device_put(far, jax.memory.Space.Device)
+    here = as_rows(unpaired(here) if isinstance(here, Codes) else here, _both(slots)).astype(new[0].dtype)
     here = here.reshape(len(here), -1, 2, here.shape[2])
     return tuple(here[:, :, i].at[b, row].set(x, mode="drop") for i, x in enumerate(new))
 
@@ -214,11 +215,10 @@ def _written(tier: Tier, end: Array, slots: tuple[int, ...]) -> Any:
     """Returns the host's rows with the staged ones."""
     far, new = tier.far, jnp.stack([tier.new_k, tier.new_v], axis=3)  # [B K W 2 D]
     new = new.reshape(*new.shape[:2], -1, new.shape[4])
-    write = lambda x, y: stow_rows(x, y, 2 * tier.first, 2 * end, slots=_both(slots))  # noqa: E731
     if not isinstance(far, Codes):
-        return write(far, new)
-    old, codes = (far.codes, far.scale, far.zero), storage.encode(new, far.bits, axis=-1)
-    return Codes(*map(write, old, codes), far.bits, far.block)
+        return stow_rows(far, new, 2 * tier.first, 2 * end, slots=_both(slots))
+    codes = pairs(Codes(*storage.encode(new, far.bits, axis=-1), far.bits, far.block))
+    return jax.tree.map(lambda x, y: stow_rows(x, y, tier.first, end, slots=slots), far, codes)
 
 
 def _sealed(tier: Tier, slots: tuple[int, ...]) -> Tier:

@@ -10,10 +10,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.attention import decode_codes, starts
+from pallas_kernels.attention import Codes, decode_codes, starts
 
 __all__ = [
-    "RUN", "Blocks", "Pages", "as_pages", "as_rows", "empty_pages", "on_host", "pack", "take_rows", "unpack",
+    "RUN", "Blocks", "Pages", "as_pages", "as_rows", "empty_pages", "on_host", "pack", "pairs", "take_rows",
+    "unpack", "unpaired",
 ]  # fmt: skip
 
 RUN = 32  # rows in a tile of the smallest type: what a TPU reads and writes as a whole
@@ -43,6 +44,26 @@ def on_host(*trees: object) -> bool:
     """
     spaces = (jax.typeof(x).memory_space for x in jax.tree.leaves(trees))
     return jax.memory.Space.Host in spaces
+
+
+def pairs(store: Codes) -> Codes:
+    """Returns 8-bit codes of rows [.. 2R D], with a scale each, as words [.. R D] of two and scales [.. R 2].
+
+    A kernel's offsets are 32 bits wide up to 4 GiB: more than 2^31 bytes of an array are out of its reach,
+    and as many words are not.
+    """
+    halved = lambda x: x.reshape(*x.shape[:-2], -1, 2, x.shape[-1])  # noqa: E731
+    low, high = jnp.moveaxis(halved(store.codes).astype(jnp.uint16), -2, 0)
+    scales = (halved(x)[..., 0] for x in (store.scale, store.zero))
+    return Codes(low | high << 8, *scales, store.bits, store.block)
+
+
+def unpaired(store: Codes) -> Codes:
+    """Returns what `pairs` was made of."""
+    codes = jnp.stack([store.codes & 255, store.codes >> 8], axis=-2).astype(jnp.uint8)
+    codes = codes.reshape(*codes.shape[:-3], -1, codes.shape[-1])
+    scales = (x.reshape(*x.shape[:-2], -1, 1) for x in (store.scale, store.zero))
+    return Codes(codes, *scales, store.bits, store.block)
 
 
 def take_rows(x: Array, at: Int[Array, "B *n P"]) -> Array:

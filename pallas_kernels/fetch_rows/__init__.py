@@ -38,9 +38,8 @@ def fetch_rows(
     Args:
         near: lines of keys and of values of all heads, one head after the other; donate them, and they are
             written in place.
-        far: rows [B 2R D] of near's type, row 2r the key of packed row r and 2r + 1 its value; `Codes` of 8
-            bits of them, with a scale per row; or, which alone a TPU's kernel takes, `Pages` of 2P of them.
-            R = Σ slots.
+        far: rows [B 2R D] of near's type, row 2r the key of packed row r and 2r + 1 its value; `pairs` of
+            them as `Codes`; or, which alone a TPU's kernel takes, `Pages` of 2P of them. R = Σ slots.
         staged: the newest keys and values of each head.
         idx: blocks to copy, counted from the head's first slot; the first -1 ends a head's list.
         line: where to; -1 copies nothing. No line is named twice.
@@ -98,11 +97,14 @@ def _check_stores(near: Any, far: Any, blocks: Blocks) -> None:
             f"{near.shape=}, {near.dtype} and {blocks=}"
         )
     rows = far.words if pages else far.codes if isinstance(far, Codes) else far
-    wanted = (batch, sum(blocks.counts)) if pages else (batch, 2 * sum(blocks.slots), size)
+    n_rows_far = sum(blocks.slots) * (1 if isinstance(far, Codes) else 2)
+    wanted = (batch, sum(blocks.counts)) if pages else (batch, n_rows_far, size)
     if rows.shape[: len(wanted)] != wanted or n_rows % (len(blocks.slots) * blocks.size):
         raise ValueError(
             f"near holds whole lines of every head and far two rows per slot, got {near.shape=} and "
             f"{rows.shape} for {blocks=}"
         )
-    if isinstance(far, Codes) and (far.bits, far.block) != (8, None):
-        raise ValueError(f"codes have 8 bits and a scale per row, got {far.bits=}, {far.block=}")
+    if isinstance(far, Codes) and (far.bits, far.block, far.codes.dtype) != (8, None, jnp.uint16):
+        raise ValueError(
+            f"codes are pairs of 8 bits, a scale per row, got {far.bits=}, {far.block=}, {far.codes.dtype}"
+        )

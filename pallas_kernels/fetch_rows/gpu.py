@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.attention import starts
+from pallas_kernels.attention import Codes, starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.host import Blocks, Pages
 from pallas_kernels.rows_gpu import decode_rows, lanes, load_rows
@@ -49,7 +49,7 @@ def run(near, far, staged, idx, line, first, *, blocks: Blocks):
 def _copy(
     _near_k,  # [B Q D] near, which are the outputs
     _near_v,
-    far_ref,  # [B 2R D], or codes; in device or pinned host memory
+    far_ref,  # [B 2R D], or pairs of codes; in device or pinned host memory
     staged_k_ref,  # [B K W D]
     staged_v_ref,  # [B K W D]
     idx_ref,  # [B K N]
@@ -84,8 +84,7 @@ def _copy(
         late = slot - first_ref[batch, head]
         alive = (chosen >= 0) & (line >= 0) & (slot < heads_ref[head, 1]) & (late < staged_k_ref.shape[2])
         old, new = alive & (late < 0), alive & (late >= 0)
-        row = 2 * jnp.where(old, heads_ref[head, 0] + slot, 0)
-        loaded = [load_rows(far_ref, (batch, row + i, head), old) for i in range(2)]
+        loaded = _load_both(far_ref, batch, jnp.where(old, heads_ref[head, 0] + slot, 0), old)
         # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
         to = jnp.where(alive, head * per_head + line * block + inside, n_rows)
         for one, staged_ref, out_ref in zip(
@@ -100,3 +99,19 @@ def _copy(
 
     start = program_id(2)
     jax.lax.while_loop(lambda carry: carry[1], copy, (start, begun(start)))
+
+
+def _load_both(far_ref, batch, row, alive):
+    """Loads keys and values of packed rows, for `decode_rows`."""
+    if not isinstance(far_ref, Codes):
+        return [load_rows(far_ref, (batch, 2 * row + i, 0), alive) for i in range(2)]
+    size = far_ref.codes.shape[2]
+    channel = jnp.arange(lanes(size))
+    mask = alive[:, None] & (channel < size)[None, :]
+    words = triton.load(far_ref.codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0)
+    both = []
+    for i in range(2):
+        parts = (triton.load(x.at[batch, row, i], mask=alive, other=0) for x in (far_ref.scale, far_ref.zero))
+        codes = ((words >> (8 * i)) & 255).astype(jnp.uint8)
+        both.append((codes[:, None], *(x[:, None] for x in parts)))
+    return both

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import Codes, decode_codes, starts
-from pallas_kernels.host import Blocks, Pages, as_rows, take_rows
+from pallas_kernels.host import Blocks, Pages, as_rows, take_rows, unpaired
 
 __all__ = ["run"]
 
@@ -31,12 +31,11 @@ def run(near, far, staged, idx, line, first, *, blocks: Blocks):
 
 def _rows(far, row, slots: tuple[int, ...]):
     """Returns keys and values [B K N P 2 D] of a store at packed rows [B K N P]; `slots` counts both."""
-    at = (2 * row[..., None] + jnp.arange(2)).reshape(*row.shape[:-1], -1)
-    if isinstance(far, Pages):
-        far = as_rows(jax.device_put(far, jax.memory.Space.Device), slots)
     if isinstance(far, Codes):
-        parts = (take_rows(x, at) for x in (far.codes, far.scale, far.zero))
-        rows = decode_codes(Codes(*parts, far.bits, None), slots)
+        parts = (take_rows(x, row) for x in (far.codes, far.scale, far.zero))
+        rows = decode_codes(unpaired(Codes(*parts, far.bits, None)), slots)
     else:
-        rows = take_rows(far, at)
+        if isinstance(far, Pages):
+            far = as_rows(jax.device_put(far, jax.memory.Space.Device), slots)
+        rows = take_rows(far, (2 * row[..., None] + jnp.arange(2)).reshape(*row.shape[:-1], -1))
     return rows.reshape(*row.shape, 2, -1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels import tolerance
 from pallas_kernels.attention import quantize, starts
 from pallas_kernels.fetch_rows import fetch_rows
-from pallas_kernels.host import Blocks, as_pages
+from pallas_kernels.host import Blocks, as_pages, pairs
 from pallas_kernels.op import Op, Spec
 
 __all__ = ["OP", "FetchSpec"]
@@ -63,7 +63,7 @@ class FetchSpec(Spec):
         first = jnp.asarray([s - self.staged for s in self.slots], jnp.int32)
         old = [jnp.arange(s) < f for s, f in zip(self.slots, first, strict=True)]
         if self.bits < 16:
-            far = quantize(far, self.bits, both, None)
+            far = pairs(quantize(far, self.bits, both, None))
         elif not self.full:
             far = jnp.where(jnp.repeat(read & jnp.concatenate(old), 2, axis=1)[..., None], far, jnp.nan)
         if self.paged:
