@@ -57,9 +57,10 @@ def test_rows_are_written_into_pages_as_into_rows(place):
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
 @pytest.mark.parametrize("n", [0, 1, 32, 33, 150])
-def test_programs_take_turns_at_tiles_and_end_with_the_list(n, order, monkeypatch):
+@pytest.mark.parametrize("programs", [1, 3, 4])  # 4: two take turns at each head's tiles
+def test_programs_walk_through_lists_to_their_ends(n, order, programs, monkeypatch):
     """Of 150 places the first n name a row, of which every third has no line."""
-    monkeypatch.setattr(fetch_rows_gpu, "_PROGRAMS", 4)  # two for each head, of up to three tiles
+    monkeypatch.setattr(fetch_rows_gpu, "_PROGRAMS", programs)
     near, staged = ((rows(1, *n, 16),) * 2 for n in ((2 * 150,), (2, 8)))
     far = rows(1, 2 * 2 * 200, 16)
     place = jnp.arange(150)
