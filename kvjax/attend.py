@@ -52,10 +52,10 @@ def held(kv: KV, pos: Positions, selection: Selection | None) -> tuple[KV, KV, S
     slot = tier.held[..., None] * block + jnp.arange(block)  # [B K C P]
     inside = (tier.held >= 0)[..., None] & (slot < jnp.asarray(kv.slots)[:, None, None])
     row = jnp.where(inside, slot + starts(kv.slots)[:, None, None], -1).reshape(len(slot), -1)
+    mass = (inside & (slot < kv.fill[..., None, None])).astype(kv.mass.dtype).reshape(row.shape)
     here = kv.replace(
-        k=tier.k, v=tier.v, pos=take(kv.pos, row), mass=take(kv.mass, row), slots=(size,) * n_heads,
-        tier=None, aux=None,
-    )  # fmt: skip
+        k=tier.k, v=tier.v, pos=take(kv.pos, row), mass=mass, slots=(size,) * n_heads, tier=None, aux=None
+    )
     at = jnp.where(idx >= 0, line * per + idx % per, -1)
     return kv.replace(tier=tier), here, selection.replace(idx=at)
 

@@ -20,9 +20,9 @@ from pallas_kernels.rows_gpu import decode_rows, lanes, load_rows
 
 __all__ = ["run"]
 
-_TILE = 32
+_TILE = 64
 _PROGRAMS = 64
-_WARPS = 4
+_WARPS = 8
 
 
 def run(near, far, staged, idx, line, first, *, blocks: Blocks):

@@ -5,15 +5,17 @@ Scores of slots are never written:
     table   the scores of all codewords, of `vq_scores`
     bound   one program per query head bisects its threshold, where the codewords above stand for at most
             n slots, and says how many slots at the threshold it takes
-    mark    says of each codeword whether its slots are taken: surely, or of which heads the first few
+    mark    says of each codeword whether its slots are taken: surely, or of which heads the first few;
+            and, in two bits, the former, and whether there is any of the latter
     ties    every part of every KV head counts the slots of which the first few are taken
     keep    every part writes the slots that it takes, in order, and how many
     gather  every part copies its own behind those before it
 
 Where KV heads are many, each is one part, and `keep` is all of the last three.
 
-Scores are compared as integer keys in float32's total order, as in `select_topk`. Arrays in Triton have
-sizes of powers of two: C2, T2 and X pad codewords, parts and, in the table, query heads.
+Codes come from anywhere, so that a slot's look-up costs a line of the cache: two bits a codeword are few
+lines. Scores are compared as integer keys in float32's total order, as in `select_topk`. Arrays in Triton
+have sizes of powers of two: C2, T2 and X pad codewords, parts and, in the table, query heads.
 """
 
 import functools
@@ -65,16 +67,16 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
     step = chosen.block * -(-n_slots // (chosen.block * wanted))
     n_parts = -(-n_slots // step)
     call = functools.partial(gpu_call, grid=(n_parts, n_heads, batch), warps=chosen.warps, stages=1)
-    marks, quota = _marked(table, counts, n, group, chosen.bound_warps)
+    marks, kinds, quota = _marked(table, counts, n, group, chosen.bound_warps)
     limit, sizes = min(group * k + n_always, n_slots), {"block": chosen.block, "step": step}
     ties = None
     if n_parts > 1:
         ties = call(
-            functools.partial(_ties, **sizes), codes, marks, out_shape=number(n_parts, group),
+            functools.partial(_ties, **sizes), codes, marks, kinds, out_shape=number(n_parts, group),
             name="vq_topk_ties",
         )  # fmt: skip
     idx, count = call(
-        functools.partial(_keep, **sizes), codes, marks, quota, ties,
+        functools.partial(_keep, **sizes), codes, marks, kinds, quota, ties,
         out_shape=(number(n_parts, limit if ties is None else step), number(n_parts)), name="vq_topk_keep",
     )  # fmt: skip
     if ties is None:
@@ -84,18 +86,20 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
 
 
 def _marked(table, counts, n, group: int, warps: int):
-    """Returns what becomes of each codeword's slots [B K C], and of how many at the thresholds [B K G]."""
+    """Returns what becomes of each codeword's slots, [B K C] and [B K C/16], and quotas at thresholds [B K G]."""
     batch, n_heads, n_codes, _ = table.shape
-    per_query, per_code = (jax.ShapeDtypeStruct((batch, n_heads, x), jnp.int32) for x in (group, n_codes))
+    per_query, per_code, per_word = (
+        jax.ShapeDtypeStruct((batch, n_heads, x), jnp.int32) for x in (group, n_codes, pl.cdiv(n_codes, 16))
+    )
     low, quota = gpu_call(
         _bound, table, counts, n, grid=(group, n_heads, batch), out_shape=(per_query, per_query),
         warps=warps, stages=1, name="vq_topk_bound",
     )  # fmt: skip
-    marks = gpu_call(
-        _mark, table, low, quota, grid=(pl.cdiv(n_codes, _CODES), n_heads, batch), out_shape=per_code,
-        stages=1, name="vq_topk_mark",
+    marks, kinds = gpu_call(
+        _mark, table, low, quota, grid=(pl.cdiv(n_codes, _CODES), n_heads, batch),
+        out_shape=(per_code, per_word), stages=1, name="vq_topk_mark",
     )  # fmt: skip
-    return marks, quota
+    return marks, kinds, quota
 
 
 def _bound(
@@ -160,6 +164,7 @@ def _mark(
     low_ref,  # [B K G]
     quota_ref,  # [B K G]
     marks_ref,  # [B K C]
+    kinds_ref,  # [B K C/16]
 ):
     """Marks some codewords of one KV head."""
     head, row = program_id(1), program_id(2)
@@ -173,10 +178,14 @@ def _mark(
     sure = jnp.max(bits & (1 << _SURE), axis=1)
     some = jnp.sum(bits & ((1 << _SURE) - 1), axis=1)
     triton.store(marks_ref.at[row, head, c], sure | some, mask=c < n_codes)
+    kind = (sure > 0).astype(jnp.int32) | (some > 0).astype(jnp.int32) << 1
+    words = jnp.sum(kind.reshape(_CODES // 16, 16) << (2 * jnp.arange(16))[None, :], axis=1)
+    w = program_id(0) * (_CODES // 16) + jnp.arange(_CODES // 16)
+    triton.store(kinds_ref.at[row, head, w], words, mask=w < kinds_ref.shape[2])
 
 
-def _reader(codes_ref, marks_ref, block: int, step: int):
-    """Returns a function of a step that loads its slots, their codes and their marks."""
+def _reader(codes_ref, marks_ref, kinds_ref, block: int, step: int):
+    """Returns what loads a step's slots, codes and kinds, and what loads the marks of some codes."""
     part, head, row = program_id(0), program_id(1), program_id(2)
     n_slots, n_codes = codes_ref.shape[2], marks_ref.shape[2]
 
@@ -184,9 +193,10 @@ def _reader(codes_ref, marks_ref, block: int, step: int):
         at = part * step + i * block + jnp.arange(block)
         code = triton.load(codes_ref.at[row, head, at], mask=at < n_slots, other=-1).astype(jnp.int32)
         known = (code >= 0) & (code < n_codes)
-        return at, code, triton.load(marks_ref.at[row, head, code], mask=known, other=0)
+        word = triton.load(kinds_ref.at[row, head, code >> 4], mask=known, other=0)
+        return at, code, word >> ((code & 15) << 1) & 3
 
-    return load
+    return load, lambda code, some: triton.load(marks_ref.at[row, head, code], mask=some, other=0)
 
 
 def _two(marks, a: int, b: int):
@@ -205,6 +215,7 @@ def _each(group: int, count) -> list:
 def _ties(
     codes_ref,  # [B K S]
     marks_ref,  # [B K C]
+    kinds_ref,  # [B K C/16]
     ties_ref,  # [B K T G]
     *,
     block: int,
@@ -212,10 +223,11 @@ def _ties(
 ):
     """Counts one part's slots at the thresholds of the query heads."""
     part, head, row = program_id(0), program_id(1), program_id(2)
-    load, group = _reader(codes_ref, marks_ref, block, step), ties_ref.shape[3]
+    (load, marks), group = _reader(codes_ref, marks_ref, kinds_ref, block, step), ties_ref.shape[3]
 
     def count(i, seen):
-        mark = load(i)[2]
+        _, code, kind = load(i)
+        mark = marks(code, kind > 1)
         new = _each(group, lambda a, b: jnp.sum(_two(mark, a, b), axis=0))
         return tuple(map(jnp.add, seen, new))
 
@@ -226,6 +238,7 @@ def _ties(
 def _keep(
     codes_ref,  # [B K S]
     marks_ref,  # [B K C]
+    kinds_ref,  # [B K C/16]
     quota_ref,  # [B K G]
     ties_ref,  # [B K T G], None for one part
     idx_ref,  # [B K T P], of one part [B K 1 N]
@@ -237,20 +250,16 @@ def _keep(
     """Compacts one part: what is marked, surely taken, or among the first at a threshold."""
     part, head, row = program_id(0), program_id(1), program_id(2)
     group, room = quota_ref.shape[2], idx_ref.shape[3]
-    load = _reader(codes_ref, marks_ref, block, step)
+    load, marks = _reader(codes_ref, marks_ref, kinds_ref, block, step)
     left = [quota_ref[row, head, g] for g in range(group)]  # that this part may take
-    whole, cut = jnp.int32(0), jnp.int32(-1)  # query heads of which it takes all, or some
     if ties_ref is not None:
-        t, cut = jnp.arange(pl.next_power_of_2(ties_ref.shape[2])), jnp.int32(0)
+        t = jnp.arange(pl.next_power_of_2(ties_ref.shape[2]))
         for g in range(group):
             before = triton.load(ties_ref.at[row, head, t, g], mask=t < part, other=0)
             left[g] -= jnp.sum(before, axis=0)
-            n = ties_ref[row, head, part, g]
-            whole |= (n <= left[g]).astype(jnp.int32) << g
-            cut |= ((left[g] > 0) & (left[g] < n)).astype(jnp.int32) << g
 
-    def first_few(mark, inside, seen):
-        ties = mark & cut
+    def first_few(code, some, inside, seen):
+        ties = marks(code, some)
         here = _each(group, lambda a, b: jnp.cumsum(_two(ties, a, b), axis=0))
         new = _each(group, lambda a, b: jnp.sum(_two(ties, a, b), axis=0))
         for g, n in enumerate(seen):
@@ -259,9 +268,11 @@ def _keep(
 
     def body(i, carry):
         n, seen = carry
-        at, code, mark = load(i)
-        inside = ((mark & whole) != 0).astype(jnp.int32) | (mark >> _SURE) | (code < -1).astype(jnp.int32)
-        inside, seen = jax.lax.cond(cut != 0, first_few, lambda _, *same: same, mark, inside, seen)
+        at, code, kind = load(i)
+        inside, some = (kind & 1) | (code < -1).astype(jnp.int32), kind > 1
+        wanting = functools.reduce(jnp.logical_or, (a < b for a, b in zip(seen, left, strict=True)))
+        any_here = wanting & (jnp.sum(some.astype(jnp.int32), axis=0) > 0)
+        inside, seen = jax.lax.cond(any_here, first_few, lambda _a, _b, *same: same, code, some, inside, seen)
         place = n + jnp.cumsum(inside, axis=0) - inside
         triton.store(idx_ref.at[row, head, part, place], at, mask=(inside > 0) & (place < room))
         return n + jnp.sum(inside, axis=0), seen
