@@ -86,7 +86,7 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
 
 
 def _marked(table, counts, n, group: int, warps: int):
-    """Returns what becomes of each codeword's slots, [B K C] and [B K C/16], and quotas at thresholds [B K G]."""
+    """Returns what becomes of codewords' slots, [B K C] and [B K C/16], and the quotas [B K G]."""
     batch, n_heads, n_codes, _ = table.shape
     per_query, per_code, per_word = (
         jax.ShapeDtypeStruct((batch, n_heads, x), jnp.int32) for x in (group, n_codes, pl.cdiv(n_codes, 16))
