@@ -33,7 +33,7 @@ def fetch_rows(
 
     `far` may lie in pinned host memory, as for `sparse_decode_attention`; then the named rows cross the
     bus and no others. All else lies on the device. In `far` a slot's key and value lie side by side: what
-    a row takes to cross is more the search for its page than its bytes.
+    a place takes to cross is more the translation of its address than its bytes.
 
     Args:
         near: lines of keys and of values of all heads, one head after the other; donate them, and they are

@@ -1,10 +1,10 @@
 """Row copies in Pallas Triton: a program walks through lists, tile by tile, by pointers.
 
-Loads from pinned host memory cross the bus, all of a tile's at once. What a place far from others takes
-is the translation of its address, 25 ns on an H100, whether it has 128 bytes or 1,024: the GPU remembers
-about half a gigabyte of them. So programs are as few as keep the bus busy, and each goes through one
-head's rows after the other in their order; where heads are few, several programs take turns at its tiles.
-A list is mostly far shorter than its room, and ends a walk.
+Loads from pinned host memory cross the bus, all of a tile's at once. What a place far from others takes is
+the translation of its address, however many bytes it has: the GPU remembers few of them, beside the rows of
+a layer. So programs are as few as keep the bus busy, and each goes through one head's rows after the
+other's, in their order; where heads are few, several programs take turns at a head's tiles. A list is mostly
+far shorter than its room, and ends a walk.
 """
 
 import functools
