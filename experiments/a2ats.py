@@ -4,6 +4,7 @@ usage: python -m experiments.a2ats recall     the true top tokens that each way 
        python -m experiments.a2ats quality    against Quest and SnapKV, which read as many bytes a step
        python -m experiments.a2ats speed      K and V on the host against the full cache on the device
        python -m experiments.a2ats hits       rows that lie on the device from earlier steps, by how many may
+       python -m experiments.a2ats reads      what places of host memory take, by how far they spread
 
 Each stores its rows; the same command goes on from there, and prints them again.
 """
@@ -16,12 +17,13 @@ from experiments.a2ats_hits import Hits, hits
 from experiments.a2ats_quality import Quality, quality
 from experiments.a2ats_recall import Recall, recall
 from experiments.a2ats_speed import Speed, speed
+from experiments.host_reads import Reads, reads
 
 __all__ = ["main"]
 
 _COMMANDS: command.Commands = {
     "recall": (Recall, recall), "quality": (Quality, quality), "speed": (Speed, speed),
-    "hits": (Hits, hits),
+    "hits": (Hits, hits), "reads": (Reads, reads),
 }  # fmt: skip
 
 
