@@ -106,8 +106,16 @@ def gpu_call(
     """Runs a Pallas Triton kernel, whose refs are whole arrays, over a grid of programs.
 
     aliases: operands (counted as leaves) that are written in place, and the outputs that they become.
+
+    Raises:
+        NotImplementedError: for bytes that the kernel's offsets, 32 bits wide up to 4 GiB, do not reach.
     """
     at = target()
+    for x in jax.tree.leaves(operands):
+        if x.dtype.itemsize == 1 and 2**31 <= x.size <= 2**32 and at.interpret is None:
+            raise NotImplementedError(
+                f"a kernel addresses 2^31 elements of one byte, got {x.shape} {x.dtype}: put two in a word"
+            )
     options = {"grid": grid, "out_shape": out_shape, "name": name, "input_output_aliases": dict(aliases)}
     if at.interpret is not None:
         return pl.pallas_call(kernel, interpret=True, **options)(*operands)

@@ -1,5 +1,7 @@
 """Pages hold what rows hold, whoever reads and writes them, and are refused where they do not fit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -147,3 +149,16 @@ def test_each_kernel_takes_its_own_form():
         pytest.raises(NotImplementedError, match=r"a TPU copies pages, got .*pack rows by `as_pages`"),
     ):
         call("fetch_rows", x, "tpu")
+
+
+def test_bytes_that_offsets_do_not_reach_are_refused():
+    def trace(dtype):
+        far, staged = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 2**24, 128), (1, 1, 8, 128)))
+        at = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        write = functools.partial(stow_rows, slots=(2**24,), impl="gpu")
+        with aim(Target("gpu", "NVIDIA H100 80GB HBM3")):
+            return jax.eval_shape(write, far, staged, at, at)
+
+    with pytest.raises(NotImplementedError, match="two in a word"):
+        trace(jnp.uint8)
+    assert trace(jnp.uint16).shape == (1, 2**24, 128)
