@@ -147,8 +147,9 @@ def _split(settings: Speed, stored: Results) -> Results:
         shares.append(share)
         parts = ", ".join(f"{k} {row[k + '_us']:.0f}" for k in ("rank", "bring", "attend"))
         rest = whole["step_us"] - sum(row[f"{k}_us"] for k in ("rank", "bring", "attend"))
-        print(f"split {case.label}: {parts}, the rest {rest:.0f} of {whole['step_us']:.0f} us")
-    return stored.claim({"a2ats.select_share_of_step": max(shares)})
+        print(f"split {case.label}: {parts}, the rest {rest:.0f} of {whole['step_us']:.0f} us", flush=True)
+        stored = stored.claim({"a2ats.select_share_of_step": max(shares)})
+    return stored
 
 
 def _context(settings: Speed, stored: Results) -> Results:
