@@ -143,18 +143,13 @@ def allocate(
     rows, size = sum(slots), layer.head_dim
     here = lambda: jnp.zeros((batch, rows, size), dtype) if host is None else None  # noqa: E731
     return KV(
-        k=here(),
-        v=here(),
+        k=here(), v=here(), aux=None, layer=layer, slots=slots, rotated=rotated,
         pos=jnp.zeros((batch, rows), jnp.int32),
         mass=jnp.zeros((batch, rows), jnp.float32),
         fill=jnp.zeros((batch, layer.n_kv_heads), jnp.int32),
         seen=jnp.zeros((batch,), jnp.int32),
-        aux=None,
         tier=None if host is None else tiers.empty(batch, slots, size, dtype, host),
-        layer=layer,
-        slots=slots,
-        rotated=rotated,
-    )
+    )  # fmt: skip
 
 
 def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:

@@ -81,8 +81,8 @@ def fetch_rows(
         raise ValueError("only far may lie in host memory: put the rest on the device")
     lines = n_rows // (len(slots) * block)
     debug_check(lambda: jnp.all((line >= -1) & (line < lines)), "a line is one of its head's, or -1 for none")
-    after = lambda: (idx[..., :-1] < 0) & (idx[..., 1:] >= 0)  # noqa: E731
-    debug_check(lambda: ~jnp.any(after()), "a -1 ends a head's list of blocks")
+    alive = idx >= 0
+    debug_check(lambda: jnp.all(alive[..., :-1] | ~alive[..., 1:]), "a -1 ends a head's list of blocks")
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
     at = tuple(x.astype("int32") for x in (idx, line, first))
     return dispatch.run("fetch_rows", impl, impls, near, far, staged, *at, blocks=blocks)

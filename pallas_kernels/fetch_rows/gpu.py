@@ -66,11 +66,9 @@ def _copy(
 ):
     """Walks through lists, of each of which it takes every `turns`-th tile."""
     start = program_id(0)
-    _, n_rows, size = k_ref.shape
-    channel = jnp.arange(lanes(size))
-    fits = (channel < size)[None, :]
+    refs = far_ref, (staged_k_ref, staged_v_ref), (idx_ref, line_ref), first_ref, heads_ref, (k_ref, v_ref)
     n_batch, n_heads, n_listed = idx_ref.shape
-    per_head, walks = n_rows // n_heads, n_batch * n_heads * turns
+    walks = n_batch * n_heads * turns
     n_programs = min(_PROGRAMS, walks)
 
     def begun(batch, head, tile):
@@ -78,41 +76,46 @@ def _copy(
         n = jax.lax.div(tile * _TILE, block)
         return triton.load(idx_ref.at[batch, head, n], mask=n < n_listed, other=-1) >= 0
 
-    def copy(carry):
+    def step(carry):
         batch, head, tile, _ = carry
-        at = tile * _TILE + jnp.arange(_TILE)
-        n, inside = jax.lax.div(at, block), jax.lax.rem(at, block)
-        listed = lambda ref: triton.load(ref.at[batch, head, n], mask=n < n_listed, other=-1)  # noqa: E731
-        chosen, line = listed(idx_ref), listed(line_ref)
-        slot = chosen * block + inside
-        late = slot - first_ref[batch, head]
-        alive = (chosen >= 0) & (line >= 0) & (slot < heads_ref[head, 1]) & (late < staged_k_ref.shape[2])
-        old, new = alive & (late < 0), alive & (late >= 0)
-        loaded = _load_both(far_ref, batch, jnp.where(old, heads_ref[head, 0] + slot, 0), old)
-        # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
-        to = jnp.where(alive, head * per_head + line * block + inside, n_rows)
-        for one, staged_ref, out_ref in zip(
-            loaded, (staged_k_ref, staged_v_ref), (k_ref, v_ref), strict=True
-        ):
-            (rows,) = decode_rows(far_ref, one, None, out_ref.dtype)
-            place = staged_ref.at[batch, head, jnp.where(new, late, 0)[:, None], channel[None, :]]
-            staged = triton.load(place, mask=new[:, None] & fits, other=0)
-            rows = jnp.where(new[:, None], staged, rows.astype(out_ref.dtype))
-            triton.store(out_ref.at[batch, to[:, None], channel[None, :]], rows, mask=alive[:, None] & fits)
+        _copy_tile(refs, batch, head, tile, block)
         return batch, head, tile + turns, begun(batch, head, tile + turns)
 
     def walk(i, _):
         at = start + i * n_programs
         list_at, tile = jax.lax.div(at, turns), jax.lax.rem(at, turns)
-        batch, head = jax.lax.div(list_at, n_heads), jax.lax.rem(list_at, n_heads)
         there = at < walks
-        batch = jnp.where(there, batch, 0)
-        jax.lax.while_loop(
-            lambda carry: carry[3], copy, (batch, head, tile, there & begun(batch, head, tile))
-        )
+        batch, head = jnp.where(there, jax.lax.div(list_at, n_heads), 0), jax.lax.rem(list_at, n_heads)
+        first = (batch, head, tile, there & begun(batch, head, tile))
+        jax.lax.while_loop(lambda carry: carry[3], step, first)
         return _
 
     jax.lax.fori_loop(0, pl.cdiv(walks, n_programs), walk, 0)
+
+
+def _copy_tile(refs: tuple, batch, head, tile, block: int):
+    """Copies one tile of one head's list: keys and values from where they lie."""
+    far_ref, staged_refs, lists, first_ref, heads_ref, out_refs = refs
+    _, n_rows, size = out_refs[0].shape
+    channel = jnp.arange(lanes(size))
+    fits = (channel < size)[None, :]
+    n_heads, n_listed = lists[0].shape[1:]
+    at = tile * _TILE + jnp.arange(_TILE)
+    n, inside = jax.lax.div(at, block), jax.lax.rem(at, block)
+    chosen, line = (triton.load(x.at[batch, head, n], mask=n < n_listed, other=-1) for x in lists)
+    slot = chosen * block + inside
+    late = slot - first_ref[batch, head]
+    alive = (chosen >= 0) & (line >= 0) & (slot < heads_ref[head, 1]) & (late < staged_refs[0].shape[2])
+    old, new = alive & (late < 0), alive & (late >= 0)
+    loaded = _load_both(far_ref, batch, jnp.where(old, heads_ref[head, 0] + slot, 0), old)
+    # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
+    to = jnp.where(alive, head * (n_rows // n_heads) + line * block + inside, n_rows)
+    for one, staged_ref, out_ref in zip(loaded, staged_refs, out_refs, strict=True):
+        (rows,) = decode_rows(far_ref, one, None, out_ref.dtype)
+        place = staged_ref.at[batch, head, jnp.where(new, late, 0)[:, None], channel[None, :]]
+        staged = triton.load(place, mask=new[:, None] & fits, other=0)
+        rows = jnp.where(new[:, None], staged, rows.astype(out_ref.dtype))
+        triton.store(out_ref.at[batch, to[:, None], channel[None, :]], rows, mask=alive[:, None] & fits)
 
 
 def _load_both(far_ref, batch, row, alive):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import kvjax
 from pallas_kernels import fetch_rows, stow_rows
 from pallas_kernels.backend import Target, aim
 from pallas_kernels.fetch_rows import gpu as fetch_rows_gpu
@@ -58,12 +59,12 @@ def test_rows_are_written_into_pages_as_into_rows(place):
 
 
 @pytest.mark.parametrize("order", ["forward", "backward"])
-@pytest.mark.parametrize("n", [0, 1, 32, 33, 150])
+@pytest.mark.parametrize("n", [0, 1, 64, 65, 150])
 @pytest.mark.parametrize("programs", [1, 3, 4])  # 4: two take turns at each head's tiles
 def test_programs_walk_through_lists_to_their_ends(n, order, programs, monkeypatch):
     """Of 150 places the first n name a row, of which every third has no line."""
     monkeypatch.setattr(fetch_rows_gpu, "_PROGRAMS", programs)
-    near, staged = ((rows(1, *n, 16),) * 2 for n in ((2 * 150,), (2, 8)))
+    near, staged = (tuple(rows(1, *n, 16) for _ in range(2)) for n in ((2 * 150,), (2, 8)))
     far = rows(1, 2 * 2 * 200, 16)
     place = jnp.arange(150)
     idx, line = (
@@ -149,6 +150,14 @@ def test_each_kernel_takes_its_own_form():
         pytest.raises(NotImplementedError, match=r"a TPU copies pages, got .*pack rows by `as_pages`"),
     ):
         call("fetch_rows", x, "tpu")
+
+
+def test_blocks_after_the_end_of_a_list_are_an_error_in_debug_mode():
+    near, staged = ((rows(1, *n, 8),) * 2 for n in ((4,), (1, 2)))
+    lists = jnp.asarray([[[3, -1, 1]]]), jnp.asarray([[[0, 1, 2]]])
+    copy = kvjax.debug(functools.partial(fetch_rows, blocks=Blocks((6,))))
+    with pytest.raises(ValueError, match="a -1 ends a head's list of blocks"):
+        copy(near, rows(1, 12, 8), staged, *lists, jnp.full((1, 1), 6))
 
 
 def test_bytes_that_offsets_do_not_reach_are_refused():
