@@ -59,7 +59,7 @@ def compiled_step(at: Described, config: Any, batch: int, slots: int) -> dict:
     ids = _on_all(jax.ShapeDtypeStruct((batch, 1), jnp.int32), mesh)
     start = time.perf_counter()
     with at.compiling(), dispatch.watch() as taken:
-        step = loop._step.lower(params, ids, ids, state, program=program).compile()
+        step = loop._step.lower({"params": params}, ids, ids, state, program=program).compile()
     compile_s, memory, text = time.perf_counter() - start, step.memory_analysis(), step.as_text()
     found = {
         f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes")

@@ -12,6 +12,7 @@ from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.sampling import Sampling
+from kvjax.thresholds import Thresholds
 
 __all__ = ["Completion", "generate", "stream"]
 
@@ -35,12 +36,15 @@ def generate(
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008
     compress: str = "end",
+    sparsity: Thresholds | None = None,
 ) -> list[Completion]:
     """Continues a batch of prompts of any lengths.
 
     Args:
         method: how the KV cache is held; `chain` composes several.
         compress: "end" or "chunk", see `prefill`.
+        sparsity: which activations are left out, such as `Chess.load(folder, model)`. To serve many prompts,
+            apply it once: `sparsity.apply(model)` is a model like others.
 
     Raises:
         ValueError: for an empty prompt, ids outside the vocabulary, a prompt that leaves no room
@@ -55,7 +59,13 @@ def generate(
     rows: list[list[int]] = []
     stops = _stops(model, sampling).stop
     steps = stream(
-        model, prompts, method, max_new_tokens=max_new_tokens, sampling=sampling, compress=compress
+        model,
+        prompts,
+        method,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        compress=compress,
+        sparsity=sparsity,
     )
     for step in steps:
         rows = rows or [[] for _ in step]
@@ -79,6 +89,7 @@ def stream(
     max_new_tokens: int = 64,
     sampling: Sampling = Sampling(),  # noqa: B008
     compress: str = "end",
+    sparsity: Thresholds | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the tokens of each step, one per row, None where a row has ended.
 
@@ -95,6 +106,7 @@ def stream(
     """
     if max_new_tokens < 1:
         raise ValueError(f"at least one token is generated, got {max_new_tokens=}")
+    model = model if sparsity is None else sparsity.apply(model)
     ids = pad(_encode(model, prompts))
     context = model.config.context_length
     if ids.shape[1] + max_new_tokens > context:

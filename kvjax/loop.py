@@ -58,10 +58,9 @@ class Program:
         """Returns the program of a model with a method."""
         return cls(model.config, model.dtype, per_layer(method, model.config), model.mesh)
 
-    def run(self, params: Any, *args: Any, **options: Any) -> tuple:
-        """Applies the decoder."""
-        decoder = Decoder(self.config, self.dtype, self.mesh)
-        return decoder.apply({"params": params}, *args, self.methods, **options)
+    def run(self, variables: Any, *args: Any, **options: Any) -> tuple:
+        """Applies the decoder to the variables of a model."""
+        return Decoder(self.config, self.dtype, self.mesh).apply(variables, *args, self.methods, **options)
 
 
 def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, "B T"]:
@@ -174,7 +173,7 @@ def prefill(
         if compress == "chunk":
             state = _widen(state, program, chunk)
         logits, state, queries = _read(
-            model.params, ids[:, part], pos[:, part], state, program=program, n_queries=n_queries
+            model.variables, ids[:, part], pos[:, part], state, program=program, n_queries=n_queries
         )
         state = settle(state, tiers.STEPS if last else chunk)
         if compress == "chunk" or last:
@@ -201,7 +200,7 @@ def read(
         raise ValueError("logits take rows of one length, got padding: call once per length")
     pos = np.asarray(state[0].seen)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
     program, state = Program.of(model, method), settle(state, ids.shape[1])
-    logits, state, _ = _read(model.params, ids, pos, state, program=program, last_only=False)
+    logits, state, _ = _read(model.variables, ids, pos, state, program=program, last_only=False)
     return logits, settle(state)
 
 
@@ -245,9 +244,9 @@ def _widen_layer(kv: KV, *, method: CacheMethod, extra: int, mesh: Mesh | None) 
 
 
 @functools.partial(jax.jit, static_argnames=("program", "n_queries", "last_only"), donate_argnames="state")
-def _read(params, ids, pos, state, *, program: Program, n_queries: int = 0, last_only: bool = True):
+def _read(variables, ids, pos, state, *, program: Program, n_queries: int = 0, last_only: bool = True):
     """Runs one chunk of a prompt; also returns each layer's newest n_queries queries."""
-    logits, state, records = program.run(params, ids, pos, state, last_only=last_only)
+    logits, state, records = program.run(variables, ids, pos, state, last_only=last_only)
     return logits, state, tuple(r.q[:, r.q.shape[1] - n_queries :] for r in records)
 
 
@@ -277,15 +276,15 @@ def _compressed(kv: KV, q: Array, pos: Array, method: CacheMethod, mesh: Mesh | 
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def _step(params, ids, pos, state, *, program: Program):
+def _step(variables, ids, pos, state, *, program: Program):
     """Runs one decode step."""
-    logits, state = _advance(params, ids, pos, state, program)
+    logits, state = _advance(variables, ids, pos, state, program)
     return logits[:, 0], state
 
 
-def _advance(params: Any, ids: Array, pos: Array, state: State, program: Program) -> tuple[Array, State]:
+def _advance(variables: Any, ids: Array, pos: Array, state: State, program: Program) -> tuple[Array, State]:
     """Takes a decode step. Methods that have work seldom compress after it, all layers together."""
-    logits, state, records = program.run(params, ids, pos, state, compress=True)
+    logits, state, records = program.run(variables, ids, pos, state, compress=True)
     due = [m.due(kv) for m, kv in zip(program.methods, state, strict=True)]
     if all(d is None for d in due):
         return logits, state
@@ -359,7 +358,7 @@ def decode_step(
     """
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
-    logits, state = _step(model.params, ids, pos, state, program=Program.of(model, method))
+    logits, state = _step(model.variables, ids, pos, state, program=Program.of(model, method))
     return logits, settle(state)
 
 
@@ -397,7 +396,7 @@ def decode(
     """
     steps = forced.shape[1] if steps is None else steps
     options = {"program": Program.of(model, method), "keep_logits": keep_logits}
-    run = functools.partial(_decode, model.params, limits=sampling.limits(), **options)
+    run = functools.partial(_decode, model.variables, limits=sampling.limits(), **options)
     forced = np.asarray(forced, np.int32)
     if all(kv.tier is None for kv in state):
         return run(logits, state, forced, np.int32(steps))
@@ -428,7 +427,7 @@ def _decode_parts(
 
 
 @functools.partial(jax.jit, static_argnames=("program", "keep_logits"), donate_argnames="state")
-def _decode(params, logits, state, forced, steps, limits: Limits, *, program: Program, keep_logits: bool):
+def _decode(variables, logits, state, forced, steps, limits: Limits, *, program: Program, keep_logits: bool):
     """Runs decode steps until all rows have ended or `steps` are done."""
     batch, n = forced.shape
 
@@ -447,7 +446,7 @@ def _decode(params, logits, state, forced, steps, limits: Limits, *, program: Pr
         out = jax.lax.dynamic_update_index_in_dim(out, token, i, axis=1)
         ended = ended | jnp.isin(token, limits.stop)
         pos = jnp.where(ended, -1, state[0].seen)[:, None]
-        new, state = _advance(params, token[:, None], pos, state, program)
+        new, state = _advance(variables, token[:, None], pos, state, program)
         return i + 1, jnp.where(ended[:, None], logits, new[:, 0]), state, out, kept, ended
 
     out = jnp.full((batch, n), -1, jnp.int32)

@@ -24,6 +24,7 @@ class Model:
     """A decoder with its parameters; made by `kvjax.load`.
 
     mesh: the devices that the parameters are spread over, see `kvjax.sharding`; None for one.
+    thresholds: which activations are left out, see `kvjax.thresholds`; None for none.
     """
 
     name: str
@@ -32,6 +33,13 @@ class Model:
     tokenizer: Tokenizer | None = field(repr=False)
     dtype: Any = jnp.float32
     mesh: Mesh | None = field(default=None, repr=False)
+    thresholds: dict | None = field(default=None, repr=False)
+
+    @property
+    def variables(self) -> dict:
+        """All that the decoder reads, by collection."""
+        more = {} if self.thresholds is None else {"thresholds": self.thresholds}
+        return {"params": self.params, **more}
 
     def logits(self, ids: Any) -> Float[Array, "B T V"]:
         """Returns the logits after every token of `ids` [B T] (or [T]), with the full cache.

@@ -153,7 +153,14 @@ def _channels(x: Array, more: Array) -> Array:
 
 
 def _blocks(q, k, v, when, mass, pos, *, layer: Layer):
-    """Attends in XLA, block after block of slots as far as slots are occupied."""
+    """Attends in XLA; gradients of q, k and v are those of attention to all slots at once."""
+    attended = jax.custom_vjp(functools.partial(_attended, layer))
+    attended.defvjp(lambda *arrays: (attended(*arrays), arrays), functools.partial(_backward, layer))
+    return attended(q, k, v, when, mass, pos)
+
+
+def _attended(layer: Layer, q, k, v, when, mass, pos):
+    """Attends block after block of slots as far as slots are occupied."""
     batch, length, n_heads, group, size = q.shape
     rows = jnp.moveaxis(q, 1, 3).reshape(batch, n_heads, group * length, size)
     pos = jnp.tile(pos, (1, group))  # [B X], X = G·T
@@ -175,8 +182,26 @@ def _blocks(q, k, v, when, mass, pos, *, layer: Layer):
     shape = rows.shape[:3]
     empty = (jnp.full(shape, _NEVER), jnp.zeros(shape), jnp.zeros(rows.shape))
     _, total, out = jax.lax.fori_loop(0, (used + block - 1) // block, step, empty)
+    return _shared(total, out, q)
+
+
+def _shared(total: Array, out: Array, q: Array) -> Array:
+    """Divides by the sum of weights, and gives the queries' shape back."""
+    batch, length, n_heads, group, size = q.shape
     out = out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     return jnp.moveaxis(out.reshape(batch, n_heads, group, length, size), 3, 1).astype(q.dtype)
+
+
+def _backward(layer: Layer, arrays: tuple[Array, ...], change: Array) -> tuple:
+    """Returns the gradients of q, k and v; masses and positions are not learnt."""
+    q, k, v, when, mass, pos = arrays
+
+    def attended(q, k, v):
+        rows = jnp.moveaxis(q, 1, 3).reshape(*k.shape[:2], -1, q.shape[-1])
+        _, total, out = _partial(layer, rows, jnp.tile(pos, (1, q.shape[3])), k, v, when, mass)
+        return _shared(total, out, q)
+
+    return *jax.vjp(attended, q, k, v)[1](change), None, jnp.zeros_like(mass), None
 
 
 def _partial(

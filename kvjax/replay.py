@@ -43,7 +43,7 @@ def record(
     for start in range(0, ids.shape[1], chunk):
         part = slice(start, start + chunk)
         logits, state, records = _read_recording(
-            model.params, ids[:, part], pos[:, part], state, program=program
+            model.variables, ids[:, part], pos[:, part], state, program=program
         )
         parts.append(records)
     joined = tuple(
@@ -54,8 +54,8 @@ def record(
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
-def _read_recording(params, ids, pos, state, *, program: Program):
-    return program.run(params, ids, pos, state, last_only=True)
+def _read_recording(variables, ids, pos, state, *, program: Program):
+    return program.run(variables, ids, pos, state, last_only=True)
 
 
 def replay(

@@ -10,9 +10,9 @@ from jaxtyping import Array
 from pallas_kernels import tolerance
 from pallas_kernels.op import Spec
 
-__all__ = ["CASES", "MatvecSpec", "block_order", "check_weights", "refuse", "settings_key"]
+__all__ = ["CASES", "MAX_BATCH", "MatvecSpec", "block_order", "check_weights", "refuse", "settings_key"]
 
-_MAX_BATCH = 8
+MAX_BATCH = 8
 
 
 def check_weights(x: Array, active: Array, w: Array, scale: Array | None, n_outputs: int) -> None:
@@ -43,9 +43,9 @@ def refuse(x: Array, w: Array, types: tuple[str, ...]) -> None:
 
     types: those the back end computes in.
     """
-    if x.shape[0] > _MAX_BATCH:
+    if x.shape[0] > MAX_BATCH:
         raise NotImplementedError(
-            f"the kernel takes batches up to {_MAX_BATCH}, got B={x.shape[0]}: use the dense product, "
+            f"the kernel takes batches up to {MAX_BATCH}, got B={x.shape[0]}: use the dense product, "
             f"as the union of so many rows' channels is nearly all of them"
         )
     if x.dtype.name not in types:

@@ -31,7 +31,7 @@ def programs(at: Described):
     one, some, many = (jax.ShapeDtypeStruct((BATCH, n), jnp.int32) for n in (1, tiers.STEPS, CHUNK))
     logits = jax.ShapeDtypeStruct((BATCH, model.config.vocab_size), jnp.float32)
     params, logits, state, wide, one, some, many = at.spread(
-        (model.params, logits, state, wide, one, some, many)
+        (model.variables, logits, state, wide, one, some, many)
     )
     program = {"program": loop.Program.of(model, method)}
     limits = Sampling().limits()

@@ -34,8 +34,10 @@ def programs(host_bits):
     options = {"program": program, "keep_logits": False}
     return {
         "flush": lambda: loop._flush.trace(state[0]),
-        "decode": lambda: loop._decode.trace(model.params, logits, state, forced, steps, limits, **options),
-        "read": lambda: loop._read.trace(model.params, ids, ids, wide, program=program, n_queries=1),
+        "decode": lambda: loop._decode.trace(
+            model.variables, logits, state, forced, steps, limits, **options
+        ),
+        "read": lambda: loop._read.trace(model.variables, ids, ids, wide, program=program, n_queries=1),
     }
 
 

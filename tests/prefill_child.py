@@ -41,7 +41,7 @@ def whole_prompt(at: Described, n_layers: int = 1) -> jax.stages.Compiled:
     model = decode_model.abstract("tiny", decode_model.config_of("tiny", n_layers))
     state = jax.eval_shape(lambda: loop.init_state(model, Full(), 1, 1024))
     ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
-    params, ids, state = at.spread((model.params, ids, state))
+    params, ids, state = at.spread((model.variables, ids, state))
     program = loop.Program.of(model, Full())
     return loop._read.lower(params, ids, ids, state, program=program).compile()
 

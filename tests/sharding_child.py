@@ -64,7 +64,7 @@ def compare(model, spread, method, **options) -> dict:
     found = {"error": float(np.abs(ours - expected).max()), "share": own / measure.nbytes(state)}
     if isinstance(method, Chain):  # the step of one composed method stands for all
         program, ids = loop.Program.of(spread, method), jnp.zeros((2, 1), jnp.int32)
-        step = loop._step.lower(spread.params, ids, ids, state, program=program).compile()
+        step = loop._step.lower(spread.variables, ids, ids, state, program=program).compile()
         gathers = sum(f"all-{word}(" in step.as_text() for word in ("gather", "to-all"))
         found |= {"aliased": step.memory_analysis().alias_size_in_bytes / own, "gathers": gathers}
     return found

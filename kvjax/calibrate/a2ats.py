@@ -104,7 +104,7 @@ def calibrate(
         ranked = [i for i in range(c.n_layers) if c.layer_windows[i] is None]
         for i in progress.track(ranked, description="Clustering"):
             make = functools.partial(_layer, model, i, settings, seen)
-            parts[i] = _kept(folder / f"layer_{i:03}", stamp, make)
+            parts[i] = checkpoint.kept(folder / f"layer_{i:03}", stamp, make)
     found = _assemble(model, parts, settings)
     codebooks.save(found, folder)
     (folder / "measured.json").write_text(json.dumps(_measured(parts)) + "\n", encoding="utf-8")
@@ -131,25 +131,6 @@ def _check(model: Model, documents: np.ndarray, settings: Settings) -> None:
         )
 
 
-def _kept(path: Path, stamp: dict, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
-    """Returns what a folder holds, or else makes and stores it.
-
-    Raises:
-        ValueError: where it holds that of another calibration.
-    """
-    if not path.is_dir():
-        checkpoint.write(path, made := make(), stamp)
-        return made
-    arrays, about = checkpoint.read(path)
-    if about != stamp:
-        differ = sorted(name for name in stamp if about.get(name) != stamp[name])
-        raise ValueError(
-            f"a folder holds one calibration, got another {' and '.join(differ)} in {str(path)!r}: "
-            "take another folder, or delete it"
-        )
-    return arrays
-
-
 def _statistics(
     model: Model, documents: np.ndarray, folder: Path, settings: Settings, stamp: dict, progress: Progress
 ) -> Statistics:
@@ -167,7 +148,7 @@ def _statistics(
         )
         return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
 
-    return Statistics(**_kept(folder / "statistics", stamp, make))
+    return Statistics(**checkpoint.kept(folder / "statistics", stamp, make))
 
 
 def _layer(

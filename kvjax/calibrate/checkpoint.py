@@ -6,13 +6,13 @@ import, so it is where it is called.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["digest", "read", "write"]
+__all__ = ["digest", "kept", "read", "write"]
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
@@ -51,6 +51,25 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             f"a calibration is a whole checkpoint, got {str(path)!r} ({str(error)[:200]!r}): "
             "delete it and calibrate anew"
         ) from error
+
+
+def kept(path: Path, stamp: dict, make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """Returns what a folder holds, or else makes and stores it.
+
+    Raises:
+        ValueError: where it holds that of another calibration.
+    """
+    if not path.is_dir():
+        write(path, made := make(), stamp)
+        return made
+    arrays, about = read(path)
+    if about != stamp:
+        differ = sorted(name for name in stamp if about.get(name) != stamp[name])
+        raise ValueError(
+            f"a folder holds one calibration, got another {' and '.join(differ)} in {str(path)!r}: "
+            "take another folder, or delete it"
+        )
+    return arrays
 
 
 def digest(*arrays: np.ndarray) -> str:

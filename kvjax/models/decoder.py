@@ -23,6 +23,9 @@ from kvjax.prefill_attention import precision
 from kvjax.shapes import Positions, Queries, Tokens
 from kvjax.sharding import Mesh, over_heads
 from pallas_kernels.backend import target
+from pallas_kernels.sparse_matvec import MAX_BATCH
+from pallas_kernels.spvmm import spvmm
+from pallas_kernels.vmmsp import vmmsp
 
 __all__ = ["Decoder", "Record"]
 
@@ -52,19 +55,56 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Module):
-    """Multiplies by a kernel [in, out] stored in the type of the model."""
+    """Multiplies by a kernel [in, out] stored in the type of the model, or as int8 with a scale per output.
+
+    With a threshold "in", what lies below it is left out of x. A kernel whose product a sparse gate
+    multiplies may lie the other way, as `kernel_t` [out, in].
+    """
 
     features: int
     bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Returns x W + b in x's type; float32 is computed as float32 on every device."""
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), x.dtype)
-        y = _product(x, kernel)
+    def __call__(self, x: Array, *, sparse: bool = False, gate: Array | None = None) -> Array:
+        """Returns x W + b in x's type, times the gate; float32 is computed as float32 on every device.
+
+        sparse: x is mostly 0. gate: is mostly 0.
+        """
+        self.sow("activations", "in", x)
+        if (threshold := self.get_variable("thresholds", "in")) is not None:
+            x, sparse = threshold(x), True
+        normal, scale = nn.initializers.lecun_normal(), None
+        if self.has_variable("params", "kernel_scale"):
+            scale = self.param("kernel_scale", nn.initializers.ones, (1, self.features), jnp.float32)[0]
+        if self.has_variable("params", "kernel_t"):
+            kernel = self.param("kernel_t", normal, (self.features, x.shape[-1]), x.dtype)
+            return _gated(x, gate, kernel, scale)
+        kernel = self.param("kernel", normal, (x.shape[-1], self.features), x.dtype)
+        if (sparse or scale is not None) and _is_step(x):
+            y = spvmm(x[:, 0], kernel, scale=scale)[:, None]
+        else:
+            y = _scaled(_product(x, kernel.astype(x.dtype)), scale)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
-        return y
+        self.sow("activations", "out", y)
+        return y if gate is None else gate * y
+
+
+def _is_step(x: Array) -> bool:
+    """Returns whether x [B T M] is a decode step of few rows, on a device with kernels that skip weights."""
+    return x.shape[1] == 1 and x.shape[0] <= MAX_BATCH and target().platform != "cpu"
+
+
+def _gated(x: Array, gate: Array, kernel: Array, scale: Array | None) -> Array:
+    """Returns gate·(x W)."""
+    if _is_step(x):
+        return vmmsp(x[:, 0], gate[:, 0], kernel, scale=scale)[:, None]
+    kernel = kernel.astype(x.dtype)
+    return gate * _scaled(jnp.einsum("btm,fm->btf", x, kernel, precision=precision(x.dtype)), scale)
+
+
+def _scaled(y: Array, scale: Array | None) -> Array:
+    return y if scale is None else (y * scale).astype(y.dtype)
 
 
 def _product(x: Array, kernel: Array) -> Array:
@@ -125,9 +165,13 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         """Returns the block's output."""
-        gate, up = (Linear(self.config.ffn_width, name=name)(x) for name in ("gate", "up"))
+        gate = Linear(self.config.ffn_width, name="gate")(x)
         gate = nn.silu(gate) if self.config.act == "silu" else nn.gelu(gate, approximate=True)
-        return Linear(self.config.width, name="down")(gate * up)
+        self.sow("activations", "act", gate)
+        up, down = Linear(self.config.ffn_width, name="up"), Linear(self.config.width, name="down")
+        if (threshold := self.get_variable("thresholds", "act")) is None:
+            return down(gate * up(x))
+        return down(up(x, gate=threshold(gate)), sparse=True)
 
 
 class Block(nn.Module):

@@ -231,7 +231,7 @@ def compiled_step(model: Model, method: CacheMethod, prompt: int, new: int):
 
     state = jax.eval_shape(prepared)
     ids = jnp.zeros((1, 1), jnp.int32)
-    lowered = loop._step.lower(model.params, ids, ids, state, program=loop.Program.of(model, method))
+    lowered = loop._step.lower(model.variables, ids, ids, state, program=loop.Program.of(model, method))
     return lowered.compile().memory_analysis(), state
 
 

@@ -42,7 +42,10 @@ MAKERS = {
     ),
     *("float", "int", "items", "keys", "split", "str", "values", "with_name"),
 }
-MAY_CALL = {"kvjax/methods/__init__.py": {"_find"}}  # a registry finds the files of its folder
+MAY_CALL = {  # a registry finds the files of its folder
+    "kvjax/methods/__init__.py": {"_find"},
+    "kvjax/sparsity/__init__.py": {"_find"},
+}
 COMPUTING = {"jnp", "lax", "os", "subprocess"}  # whose calls do something at once, whatever their name
 READING = {"jnp.dtype", "jnp.finfo", "jnp.iinfo", "os.cpu_count"}
 
