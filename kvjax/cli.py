@@ -11,14 +11,16 @@ import tyro
 from rich.console import Console
 
 import kvjax
-from kvjax import budget_losses, budgets, spec, text
-from kvjax.calibrate import a2ats, codebooks
+from kvjax import budget_losses, budgets, spec, text, thresholds
+from kvjax.calibrate import a2ats, chess, codebooks
 from kvjax.method import CacheMethod
 from kvjax.model import Model
 from kvjax.models.hub import MODELS
+from kvjax.models.quantize import quantize
 from kvjax.sampling import Sampling
+from kvjax.sparsity import SPARSITIES
 
-__all__ = ["A2ats", "Budgets", "Calibrate", "Generate", "Methods", "Models", "main"]
+__all__ = ["A2ats", "Budgets", "Calibrate", "Chess", "Generate", "Methods", "Models", "main"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Generate:
         budget: tokens per KV head, for a method that has a budget.
         shares: a file of `kvjax calibrate budgets`: heads have budgets of their own, whose mean is `budget`.
         calibration: a folder of `kvjax calibrate a2ats`, for a method that takes one.
+        thresholds: a folder of `kvjax calibrate chess`: activations below them are left out.
+        int8: hold the projections as int8 codes.
         compress: when: at the prompt's "end", or after each "chunk" of it.
         max_new_tokens: tokens at most; a stop token ends sooner.
         temperature: 0 takes the likeliest token.
@@ -50,6 +54,8 @@ class Generate:
     budget: int | None = None
     shares: Path | None = None
     calibration: Path | None = None
+    thresholds: Path | None = None
+    int8: bool = False
     compress: str = "end"
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -71,6 +77,9 @@ class Generate:
             method = spec.parse(self.method, budget=table)
         if self.calibration is not None:
             method = spec.parse(self.method, calibration=codebooks.load(self.calibration, model))
+        model = quantize(model) if self.int8 else model
+        if self.thresholds is not None:
+            model = thresholds.load(self.thresholds, model).apply(model)
         if self.chat:
             prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
         steps = kvjax.stream(
@@ -113,6 +122,10 @@ class Methods:
             print(f"{name:<14} {sys.modules[kind.__module__].__doc__.splitlines()[0]}")
             if settings := ",".join(map(_setting, dataclasses.fields(kind))):
                 print(f"{'':<14} {name}:{settings}")
+        print("thresholds of activations, beside any of them (kvjax calibrate chess):")
+        for name, kind in SPARSITIES.items():
+            print(f"{name:<14} {sys.modules[kind.__module__].__doc__.splitlines()[0]}")
+            print(f"{'':<14} {name}:{','.join(map(_setting, dataclasses.fields(kind)))}")
 
 
 @dataclass(frozen=True)
@@ -220,10 +233,53 @@ class A2ats:
 
 
 @dataclass(frozen=True)
+class Chess:
+    """Finds thresholds of activations (CHESS) and writes them to a folder, where an interrupted run goes on.
+
+    Args:
+        out: the folder.
+        model: a name (see `kvjax models`), hf:org/name, or a path.
+        dtype: float32 or bfloat16; by default the device's.
+        sparsity: the share of activations that are left out, in [0, 1).
+        method: chess, chess:plus=True, chess:statistic=rms, cats or teal; group=8 for blocks of channels.
+        texts: pydoc_data.topics (prose that every Python has), or text files.
+        tokens: of the texts, in documents.
+        context: tokens of a document.
+        refine: steps on the model's loss, in which layers and channels come to share the sparsity.
+        seed: chooses the documents, and their order in refinement.
+    """
+
+    out: Path
+    model: str = "smollm2-135m"
+    dtype: str | None = None
+    sparsity: float = 0.5
+    method: str = "chess"
+    texts: tuple[str, ...] = (text.PROSE,)
+    tokens: int = 65536
+    context: int = 2048
+    refine: int = 0
+    seed: int = 0
+
+    def run(self) -> None:
+        """Writes the folder."""
+        if self.tokens % self.context:
+            raise ValueError(
+                f"texts are whole documents, got {self.tokens=} of {self.context=}: take a multiple of it"
+            )
+        method = spec.parse(self.method, SPARSITIES, sparsity=self.sparsity)
+        model = kvjax.load(self.model, self.dtype)
+        _check_tokenizer(model)
+        n = self.tokens // self.context
+        documents = text.documents(model.tokenizer, self.texts, n, self.context, self.seed)
+        chess.calibrate(model, documents, self.out, method, refine=self.refine, seed=self.seed)
+        print(f"{self.out}: {method}")
+
+
+@dataclass(frozen=True)
 class Calibrate:
     """Finds what a method needs to know of a model, from text, and stores it."""
 
-    what: Budgets | A2ats
+    what: Budgets | A2ats | Chess
 
     def run(self) -> None:
         """Writes what was found."""

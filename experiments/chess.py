@@ -1,0 +1,26 @@
+"""Activation sparsity on real models and at full speed: what CATS, TEAL, CHESS and CHESS+ cost and save.
+
+usage: python -m experiments.chess quality   KL, perplexity and measured sparsity at equal sparsity
+
+Each stores a row as soon as it is measured: the same command goes on from there. A picture lies beside the
+figures.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from experiments import command
+from experiments.chess_quality import Quality, quality
+
+__all__ = ["main"]
+
+_COMMANDS: command.Commands = {"quality": (Quality, quality)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code, see `command.run`."""
+    return command.run(_COMMANDS, arguments, __doc__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
