@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from kvjax.method import CacheMethod, chain
+from kvjax.method import chain
 from kvjax.methods import METHODS, build
 
 __all__ = ["parse", "settings_of"]
 
 
-def parse(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS, **defaults: Any) -> CacheMethod:
-    """Returns the method that a line of text names.
+def parse(text: str, methods: Mapping[str, type] = METHODS, **defaults: Any) -> Any:
+    """Returns the method that a line of text names, of the cache or of another registry without chains.
 
     Args:
         methods: the names that it may use.
@@ -37,10 +37,10 @@ def parse(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS, **defau
         name, settings = _split(part, methods)
         known = _fields(name, methods)
         parts.append(build(methods, name, {k: v for k, v in defaults.items() if k in known} | settings))
-    return chain(*parts)
+    return chain(*parts) if len(parts) > 1 else parts[0]
 
 
-def settings_of(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS) -> set[str]:
+def settings_of(text: str, methods: Mapping[str, type] = METHODS) -> set[str]:
     """Returns the names of the settings that the parts of a line have but do not give."""
     found = set()
     for part in text.split("+"):
@@ -49,7 +49,7 @@ def settings_of(text: str, methods: Mapping[str, type[CacheMethod]] = METHODS) -
     return found
 
 
-def _split(part: str, methods: Mapping[str, type[CacheMethod]]) -> tuple[str, dict[str, Any]]:
+def _split(part: str, methods: Mapping[str, type]) -> tuple[str, dict[str, Any]]:
     """Splits `name:key=value,key=value`."""
     name, _, rest = (x.strip() for x in part.partition(":"))
     settings = {}
@@ -66,12 +66,12 @@ def _split(part: str, methods: Mapping[str, type[CacheMethod]]) -> tuple[str, di
     return name, settings
 
 
-def _fields(name: str, methods: Mapping[str, type[CacheMethod]]) -> set[str]:
+def _fields(name: str, methods: Mapping[str, type]) -> set[str]:
     """Returns the names of a method's settings, none for an unknown one."""
     return {field.name for field in fields(methods[name])} if name in methods else set()
 
 
-def _words(name: str, methods: Mapping[str, type[CacheMethod]]) -> set[str]:
+def _words(name: str, methods: Mapping[str, type]) -> set[str]:
     """Returns the names of a method's settings that are words."""
     return (
         {field.name for field in fields(methods[name]) if field.type in (str, "str")}

@@ -48,7 +48,7 @@ def make(name: str, **settings: Any) -> CacheMethod:
     return build(METHODS, name, settings)
 
 
-def build(methods: Mapping[str, type[CacheMethod]], name: str, settings: Mapping[str, Any]) -> CacheMethod:
+def build(methods: Mapping[str, type], name: str, settings: Mapping[str, Any]) -> Any:
     """Makes a method of the given registry, as `make` does of the built-in one."""
     if name not in methods:
         raise ValueError(f"a method is one of {', '.join(methods)}, got {name!r}{_nearest(name, methods)}")

@@ -1,0 +1,155 @@
+"""Makes a random model as sparse as a real one, and times its decode steps.
+
+The channels of a real model's gate live at very different rates, and neighbouring ones do not live together;
+its tokens share channels. A row of `chess quality` says which rates (`rates`) its method leaves. Here every
+layer's channels get those rates in random order: a channel's threshold is the quantile of the layer's |gate|
+that this rate asks for, found on random tokens. Inputs of projections have one threshold per layer, as theirs
+do. What the model then leaves out is measured on the tokens that were decoded.
+"""
+
+import functools
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+import kvjax
+from experiments import decode_model
+from experiments.chelsea_steps import filled
+from kvjax import loop, measure
+from kvjax.calibrate import activations
+from kvjax.loop import State
+from kvjax.method import CacheMethod
+from kvjax.methods.kivi import KIVI
+from kvjax.model import Model, fingerprint
+from kvjax.thresholds import ActivationSparsity, Site, Threshold, Thresholds
+from pallas_kernels import dispatch
+
+__all__ = ["skipped_bytes", "state_of", "synthetic", "timed"]
+
+_TOKENS = 64  # random ones, that thresholds are found on
+_TURNS = 2  # the second finds thresholds of what the first leaves
+
+
+def synthetic(
+    model: Model, method: ActivationSparsity, rates: np.ndarray | None, ids: np.ndarray, seed: int
+) -> Thresholds:
+    """Returns thresholds with which a random model is as sparse as the method asks.
+
+    rates: quantiles of how often the channels of a real gate live; None for a method without a gate.
+    """
+    config, rng = model.config, np.random.default_rng(seed)
+    lives = {}
+    if rates is not None:
+        at = np.linspace(0, 1, config.ffn_width)
+        each = np.interp(at, np.linspace(0, 1, len(rates)), rates)
+        lives = {Site.FFN_GATE: np.stack([rng.permutation(each) for _ in range(config.n_layers)])}
+    shares = {
+        site: jnp.asarray(
+            1 - lives[site] if site in lives else np.full((config.n_layers, 1), method.sparsity)
+        )
+        for site in method.sites
+    }
+    found, name = None, fingerprint(model)
+    for _ in range(_TURNS):
+        seen = model if found is None else found.apply(model)
+        levels = activations.run(seen, ids, _quantiles, shares)
+        layers = [
+            {site: _threshold(levels[site][i]) for site in method.sites} for i in range(config.n_layers)
+        ]
+        found = Thresholds(method, layers, name)
+    return found
+
+
+def _threshold(levels: Array) -> Threshold:
+    """Returns that of one level, or of a level for each channel."""
+    if levels.shape[0] == 1:
+        return Threshold(levels[0])
+    return Threshold(jnp.float32(1), 1 / jnp.maximum(levels, jnp.finfo(jnp.float32).tiny))
+
+
+def _quantiles(logits: Array, seen: list, shares: Mapping[Site, Array]) -> dict[Site, Array]:
+    """Returns the quantiles of each site's magnitudes, [L N]."""
+    return {
+        site: jnp.stack(
+            [
+                jnp.quantile(jnp.abs(found[site]).astype(jnp.float32).reshape(-1), share[i])
+                for i, found in enumerate(seen)
+            ]
+        )
+        for site, share in shares.items()
+    }
+
+
+def skipped_bytes(
+    model: Model, thresholds: Thresholds, tokens: np.ndarray, batch: int
+) -> tuple[float, dict[str, float]]:
+    """Returns the bytes of weights that a step of `batch` rows does not read, and each site's share of zeros.
+
+    tokens: [B T] of the rows. A channel is read if a row needs it: of sites with zeros, those of all rows.
+    """
+    sparse = thresholds.apply(model)
+    zeros = activations.run(sparse, tokens, _zeros, tuple(thresholds.layers))
+    config, total = model.config, 0.0
+    shares = {site.name: float(np.mean([layer[site] for layer in zeros])) for site in thresholds.method.sites}
+    for layer in zeros:
+        for site, share in layer.items():
+            total += float(share) * site.rows(config) * site.row_weights(config) * _weight_bytes(model)
+    return total, shares
+
+
+def _weight_bytes(model: Model) -> int:
+    return model.params["layer_0"]["ffn"]["down"]["kernel"].dtype.itemsize
+
+
+def _zeros(logits: Array, seen: list, layers: tuple) -> list[dict[Site, Array]]:
+    """Returns the share of channels that no row needs, mean over tokens."""
+    return [
+        {site: 1 - jnp.mean(jnp.any(t(found[site]) != 0, axis=0)) for site, t in layer.items()}
+        for layer, found in zip(layers, seen, strict=True)
+    ]
+
+
+def state_of(model: Model, method: CacheMethod, batch: int, seen: int, total: int, seed: int) -> State:
+    """Returns a state for `total` tokens as if `seen` random ones had been read."""
+    if not isinstance(method, KIVI):
+        return filled(model, method, batch, seen, total, seed)
+    left = list(decode_model.occupied(loop.init_state(model, method, batch, total), seen, seed))[::-1]
+    done = []
+    while left:  # one layer at a time exists twice
+        done.append(_compressed(left.pop(), method=method))
+    return tuple(done)
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _compressed(kv: Any, *, method: CacheMethod) -> Any:
+    return method.compress(kv, None, None)
+
+
+def timed(model: Model, method: CacheMethod, state: State, steps: int, samples: int) -> dict[str, Any]:
+    """Decodes greedily, `steps` a call; the first call compiles. Returns the median µs of a step, and tokens.
+
+    Raises:
+        RuntimeError: where logits are not finite.
+    """
+    batch = state[0].seen.shape[0]
+    logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
+    forced, times, tokens = np.full((batch, steps), -1, np.int32), [], []
+    n_bytes = measure.nbytes(state)
+    with dispatch.watch() as taken:
+        for _ in range(samples + 1):
+            start = time.perf_counter()
+            out, logits, state, _ = jax.block_until_ready(kvjax.decode(model, logits, state, method, forced))
+            times.append((time.perf_counter() - start) / steps * 1e6)
+            tokens.append(np.asarray(out))
+    if not bool(jnp.isfinite(logits).all()):
+        raise RuntimeError("the steps that were timed went wrong: their logits are not finite")
+    return {
+        "impl": dict(taken), "step_us": statistics.median(times[1:]), "samples_us": times[1:],
+        "state_bytes": n_bytes, "tokens": np.concatenate(tokens, axis=1),
+    }  # fmt: skip
