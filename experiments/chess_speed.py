@@ -4,8 +4,8 @@
     together   with Chelsea and with quantised caches at a long context: do the gains multiply?
 
 Weights are random, masks are like a real model's, see `chess_steps`. The floor of a step is the time that its
-bytes take at the copy rate measured by the same process: the weights that it reads, counted on the tokens
-that were decoded, and the cache. `bytes_allow` is the ratio of the dense step's bytes to these.
+bytes take at the copy rate measured by the same process: the weights that it reads, counted in steps from the
+same state, and the cache. `bytes_allow` is the ratio of the dense step's bytes to these.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from experiments import options, results
-from experiments.cases import Case, case_of, copy_rate, prompts, random_model, weight_bytes
+from experiments.cases import Case, case_of, copy_rate, random_model, weight_bytes
 from experiments.chess_steps import skipped_bytes, state_of, synthetic, timed
 from experiments.results import Results
 from kvjax import spec
@@ -29,8 +29,6 @@ from kvjax.sparsity import SPARSITIES
 from kvjax.thresholds import Site, Thresholds
 
 __all__ = ["Speed", "speed"]
-
-_TOKENS = 64  # random ones, that thresholds are found on
 
 
 @dataclass(frozen=True)
@@ -162,8 +160,8 @@ def _thresholds(
     if row["name"] == "dense":
         return None
     method = spec.parse(row["name"], SPARSITIES, sparsity=row["sparsity"])
-    ids = prompts(model, 1, _TOKENS, settings.seed)
-    return synthetic(model, method, _rates(pattern, row["name"], row["sparsity"]), ids, settings.seed)
+    rates = _rates(pattern, row["name"], row["sparsity"])
+    return synthetic(model, method, rates, row["slots"], settings.seed)
 
 
 def _timed(
@@ -178,12 +176,12 @@ def _timed(
     """Returns the figures of a row."""
     first = case.tokens - settings.steps * (settings.samples + 1)
     state = state_of(model, method, case.batch, first, case.tokens, settings.seed)
+    skipped, shares = 0.0, {}
+    if thresholds is not None:
+        skipped, shares = skipped_bytes(model, thresholds, method, state, settings.seed)
     sparse = model if thresholds is None else thresholds.apply(model)
     found = timed(sparse, method, state, settings.steps, settings.samples)
-    tokens, n_bytes, shares = found.pop("tokens"), weight_bytes(model) + found["state_bytes"], {}
-    if thresholds is not None:
-        skipped, shares = skipped_bytes(model, thresholds, tokens, case.batch)
-        n_bytes -= skipped
+    n_bytes = weight_bytes(model) + found["state_bytes"] - skipped
     floor = n_bytes / rate * 1e6
     base = base or {"step_us": found["step_us"], "bytes": n_bytes}
     return found | {

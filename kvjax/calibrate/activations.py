@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.calibrate import quantiles
-from kvjax.loop import Program, init_state
+from kvjax.loop import Program, State, init_state
+from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.thresholds import Threshold
@@ -19,16 +20,23 @@ __all__ = ["counts", "run", "traced", "up_sums"]
 
 
 def run(
-    model: Model, ids: Int[np.ndarray, "B T"], look: Callable[..., Any], *arrays: Any, last_only: bool = True
+    model: Model,
+    ids: Int[np.ndarray, "B T"],
+    look: Callable[..., Any],
+    *arrays: Any,
+    last_only: bool = True,
+    method: CacheMethod = Full(),  # noqa: B008  frozen
+    state: State | None = None,
 ) -> Any:
     """Reads documents in one call and returns look(logits, activations, *arrays).
 
     activations: of each layer, by the names of sites; and "ffn/up/out", the product with W_up.
     look: a function of a module, since equal ones compile once.
+    state: what the tokens follow, of this method; it is kept as it is. None for nothing.
     """
-    state = init_state(model, Full(), *ids.shape, ids.shape[1])
-    pos = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
-    program = Program.of(model, Full())
+    state = init_state(model, method, *ids.shape, ids.shape[1]) if state is None else state
+    pos = np.asarray(state[0].seen)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
+    program = Program.of(model, method)
     return _run(model.variables, ids, pos, state, arrays, program=program, look=look, last_only=last_only)
 
 
