@@ -1,7 +1,8 @@
 """Finds the settings of a kernel: what the tuner stored for this device, else the kernel's default.
 
 A file `<op>/tuned/<device>.json` holds rows of {"key": {...}, "settings": {...}}. Words of a key
-must match; of the rows that do, the one whose numbers are nearest, by their ratios, is taken.
+must match, and `head_dim` be as large, since tiles of larger heads may not fit; of the rows that
+remain, the one whose numbers are nearest, by their ratios, is taken.
 """
 
 import contextlib
@@ -83,8 +84,10 @@ def _rows(op: str, device: str) -> list[Mapping[str, Any]]:
     return json.loads(stored.read_text(encoding="utf-8"))["rows"] if stored.exists() else []
 
 
-def _matches(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(a[k] == b[k] for k in a if isinstance(a[k], str))
+def _matches(row: Mapping[str, Any], case: Mapping[str, Any]) -> bool:
+    if row.keys() != case.keys() or row.get("head_dim", 0) < case.get("head_dim", 0):
+        return False
+    return all(row[k] == case[k] for k in row if isinstance(row[k], str))
 
 
 def _distance(a: Mapping[str, Any], b: Mapping[str, Any]) -> float:

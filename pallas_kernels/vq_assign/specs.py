@@ -92,6 +92,7 @@ SPECS = (
         )
     ),
     AssignSpec(1, 1, 81920, 4096, 128, "float32", uses=("bench", "tune")),  # a step of k-means
+    AssignSpec(1, 1, 81920, 4096, 256, "float32", uses=("bench",)),  # larger heads than were tuned
 )
 
 

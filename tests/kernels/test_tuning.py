@@ -75,6 +75,15 @@ def test_the_nearest_case_is_taken_and_words_must_match(folder):
         assert pick(dtype="float32", rows=1000) == gpu.Settings().block
 
 
+def test_settings_of_smaller_heads_are_not_taken(folder):
+    (folder / "op").mkdir()
+    rows = [{"key": {"head_dim": 128, "rows": 9}, "settings": {"block": 7}}]
+    (folder / "op" / f"{AT.device}.json").write_text(json.dumps({"rows": rows}))
+    with aim(AT):
+        taken = [tuning.settings("op", gpu.Settings(), head_dim=d, rows=9).block for d in (64, 128, 256)]
+    assert taken == [7, 7, gpu.Settings().block]
+
+
 def test_where_there_is_nothing_to_tune_on_it_says_so(capsys):
     assert tune.main([]) == 2
     assert "tuned on a GPU or TPU, got platform 'cpu'" in capsys.readouterr().err
