@@ -140,8 +140,8 @@ def _measured(
     if stored.find(row) is None:
         rate = copy_rate(settings.copy_mib)
         model = case.model(settings.seed)
-        model = quantize(model) if row.get("weight_bits") == 8 else model
         found = _thresholds(settings, model, row, pattern)
+        model = quantize(model) if row.get("weight_bits") == 8 else model
         method = spec.parse(cache.format(budget=case.tokens // 5))
         stored = stored.add(row, _timed(settings, case, model, found, method, rate, base))
     done = stored.find(row)

@@ -38,7 +38,6 @@ __all__ = ["skipped_bytes", "state_of", "synthetic", "timed"]
 
 _TOKENS = 64  # random ones, that thresholds are found on
 _STEPS = 8  # whose zeros are counted
-_TURNS = 2  # the second finds thresholds of what the first leaves
 
 
 def synthetic(
@@ -57,19 +56,11 @@ def synthetic(
         at = np.linspace(0, 1, config.ffn_width)
         each = np.interp(at, np.linspace(0, 1, len(rates)), rates)
         lives = {Site.FFN_GATE: np.stack([rng.permutation(each) for _ in range(config.n_layers)])}
-    shares = {
-        site: jnp.asarray(
-            1 - lives[site] if site in lives else np.full((config.n_layers, 1), method.sparsity)
-        )
-        for site in method.sites
-    }
-    found, name = None, fingerprint(model)
-    for _ in range(_TURNS):
-        seen = model if found is None else found.apply(model)
-        levels = activations.run(seen, ids, _quantiles, shares, state=state)
-        rows = [{site: _threshold(levels[site][i]) for site in method.sites} for i in range(config.n_layers)]
-        found = Thresholds(method, rows, name)
-    return found
+    plain = np.full((config.n_layers, 1), method.sparsity)
+    shares = {site: jnp.asarray(1 - lives[site] if site in lives else plain) for site in Site}
+    levels = activations.run(model, ids, _quantiles, shares, state=state)
+    rows = [{site: _threshold(levels[site][i]) for site in method.sites} for i in range(config.n_layers)]
+    return Thresholds(method, rows, fingerprint(model))
 
 
 def _threshold(levels: Array) -> Threshold:
