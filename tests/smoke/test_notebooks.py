@@ -24,6 +24,7 @@ PNG = b"\x89PNG"
 FIGURES = {
     "quickstart": {"plot", "own"},
     "calibrate_a2ats": {"share", "losses", "held", "plot"},
+    "calibrate_chess": {"channels", "plot"},
 }
 
 
@@ -133,3 +134,16 @@ def test_codebooks_are_loaded_and_those_of_another_model_refused(ran):
     assert small < whole
     assert "codebooks belong to one model, got those of another" in texts["refuse-model"]
     assert "a folder holds one calibration, got another settings" in texts["refuse-folder"]
+
+
+def test_calibrated_chess_is_as_sparse_as_asked_and_refuses_others(ran):
+    texts, _ = ran("calibrate_chess")
+    sparsity = float(re.search(r"([\d.]+)% are left out", texts["channels"])[1])
+    assert 40 < sparsity < 60  # of 64 tokens
+    rows = re.findall(r"(\S+) +50% +KL ([\d.]+)", texts["methods"])
+    assert [name for name, _ in rows] == ["CATS", "CHESS", "CHESS+"]
+    assert all(0 < float(kl) < 10 for _, kl in rows)
+    assert re.search(r"KL on text that was held out: [\d.]+ before 2 steps", texts["refine"])
+    assert "Chess(sparsity=0.5" in texts["save"]
+    assert "a folder holds one method" in texts["save"]
+    assert "thresholds are of one model" in texts["save"]
