@@ -1,6 +1,8 @@
 """Writes the figures of the pages of methods from stored results, see `quote`."""
 
 import functools
+import itertools
+import statistics
 from collections.abc import Callable, Mapping
 
 from experiments import results
@@ -55,9 +57,12 @@ def _chelsea_long() -> str:
     return "\n".join(lines) + _below(stored, path)
 
 
-def _chelsea_speed() -> str:
-    """Returns the decode steps: times, what the bytes allow, and the share of clustering."""
-    stored, path = results.newest("chelsea", " speed", "chelsea_speed", part="decode")
+def _chelsea_speed(options: str) -> str:
+    """Returns the decode steps: times, what the bytes allow, and the share of clustering.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("chelsea", f" speed {options}", "chelsea_speed", part="decode")
     lines = [
         "| rows x tokens | budgets | step, µs | of the limit | clustering | times as fast | bytes allow |",
         "|---|---|---|---|---|---|---|",
@@ -75,8 +80,10 @@ def _chelsea_speed() -> str:
         if f"chelsea.{claim}" in stored["claims"]:
             value = stored["claims"][f"chelsea.{claim}"]
             lines.append(f"| {words} | {f'{value:.1%}' if how == '%' else f'{value:.2f}'} | {wanted} |")
-    picture = f"![Decode steps over the context](../../{path.removesuffix('.json')}.png)"
-    return "\n".join(lines) + f"\n\n{picture}" + _below(stored, path)
+    picture = path.removesuffix(".json") + ".png"
+    if (results.ROOT / picture).exists():
+        lines += ["", f"![Decode steps over the context](../../{picture})"]
+    return "\n".join(lines) + _below(stored, path)
 
 
 def _chelsea_requests() -> str:
@@ -92,9 +99,12 @@ def _chelsea_requests() -> str:
     return "\n".join(lines) + _below(stored, path)
 
 
-def _a2ats_hits() -> str:
-    """Returns what steps read, and how much of it lies on the device with so many lines."""
-    stored, path = results.newest("a2ats", " hits", "a2ats_hits")
+def _a2ats_hits(options: str) -> str:
+    """Returns what steps read, and how much of it lies on the device with so many lines.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("a2ats", f" hits --calibration books {options}", "a2ats_hits")
     lines = [
         "| chosen by a query head | read by a KV head | of it, lines | tokens on the device | found there "
         "| in blocks of 16 |",
@@ -108,6 +118,67 @@ def _a2ats_hits() -> str:
             f"| {ratio:.1%} | {steps[ratio]:,.0f} tokens | {hot:g}x | {r['share_held']:.0%} "
             f"| {r['hit_rate']:.1%} | {blocks[ratio, hot]:.1%} |"
         )
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _a2ats_recall(options: str) -> str:
+    """Returns how well each way ranks, mean over the layers that were measured.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("a2ats", f" recall {options}", "a2ats_recall")
+    ratios = list(dict.fromkeys(r["ratio"] for r in stored["rows"]))
+    n_layers = len({r["layer"] for r in stored["rows"]})
+    heads = [f"top {ratio:.1%}" for ratio in ratios]
+    lines = [f"| {n_layers} layers | {' | '.join(heads)} | attention at {ratios[1]:.0%} | read |"]
+    lines.append("|---" * (len(ratios) + 3) + "|")
+    for way in ("exact", "far", "rotated", "plain", "aware", "refined", "quest"):
+        mean = {
+            (ratio, figure): statistics.mean(r[way][figure] for r in stored["rows"] if r["ratio"] == ratio)
+            for ratio in ratios
+            for figure in ("recall", "mass_union", "read")
+        }
+        cells = [f"{mean[ratio, 'recall']:.0%}" for ratio in ratios]
+        cells += [f"{mean[ratios[1], 'mass_union']:.1%}", f"{mean[ratios[1], 'read']:.1%}"]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _a2ats_speed() -> str:
+    """Returns steps of the largest batches with the full cache, and with K and V on the host."""
+    stored, path = results.newest("a2ats", " speed --bits 8", "a2ats_speed", part="prefill")
+    lines = [
+        "| context | full cache | K and V on the host | tokens per second | found on the device |",
+        "|---|---|---|---|---|",
+    ]
+    rows = [r for r in stored["rows"] if r["part"] == "decode"]
+    for full, host in itertools.pairwise(rows):
+        if full["name"] == "full":
+            each = (f"{_rows(r['rows'])}, {r['step_us']:,.0f} µs" for r in (full, host))
+            cells = (
+                f"{full['slots']:,} tokens",
+                *each,
+                f"{host['tokens_per_s'] / full['tokens_per_s']:.2f} times",
+                f"{host['hit_rate']:.1%}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + _below(stored, path)
+
+
+def _rows(n: int) -> str:
+    return "1 row" if n == 1 else f"{n} rows"
+
+
+def _a2ats_reads() -> str:
+    """Returns what a place of host memory takes, by how far places spread and how many bytes each has."""
+    stored, path = results.newest("a2ats", " reads", "a2ats_reads")
+    found = {(r["gib"], r["place_bytes"]): r["place_ns"] for r in stored["rows"] if r["order"] == "drawn"}
+    spreads, sizes = (list(dict.fromkeys(x)) for x in zip(*found, strict=True))
+    lines = [
+        f"| ns a place, within | {' | '.join(f'{n} bytes' for n in sizes)} |",
+        "|---" * (len(sizes) + 1) + "|",
+    ]
+    lines += [f"| {g:g} GiB | {' | '.join(f'{found[g, n]:.1f}' for n in sizes)} |" for g in spreads]
     return "\n".join(lines) + _below(stored, path)
 
 
@@ -193,17 +264,31 @@ def _below(stored: dict, path: str) -> str:
 CHELSEA: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.2 0.25"),
     "quality at half": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.5 0.1"),
-    "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m"),
+    "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m --texts"),
+    "quality of Gemma at half": functools.partial(_chelsea_quality, "--model gemma3-270m --dtype"),
     "sweep": functools.partial(_chelsea_sweep, "--dtype float32"),
     "recent": functools.partial(_chelsea_sweep, "--texts"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
     "long": _chelsea_long,
-    "speed": _chelsea_speed,
+    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b"),
+    "speed of Qwen": functools.partial(_chelsea_speed, "--cases qwen2.5-1.5b"),
     "requests": _chelsea_requests,
 }
-A2ATS: Mapping[str, Callable[[], str]] = {"quality": _a2ats_quality, "hits": _a2ats_hits}
+_GEMMA, _QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
+A2ATS: Mapping[str, Callable[[], str]] = {
+    "quality": _a2ats_quality,
+    "recall": functools.partial(_a2ats_recall, "--dtype"),
+    "recall of Gemma": functools.partial(_a2ats_recall, _GEMMA),
+    "recall of Qwen": functools.partial(_a2ats_recall, _QWEN),
+    "hits": functools.partial(_a2ats_hits, "--dtype"),
+    "hits of Gemma": functools.partial(_a2ats_hits, _GEMMA),
+    "hits of Qwen": functools.partial(_a2ats_hits, _QWEN),
+    "speed": _a2ats_speed,
+    "reads": _a2ats_reads,
+}
 CHESS: Mapping[str, Callable[[], str]] = {
-    "quality": functools.partial(_chess_quality, "--learned"),
+    "quality": functools.partial(_chess_quality, "--learned moby-dick.txt"),
+    "quality of Gemma": functools.partial(_chess_quality, _GEMMA),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity"),
     "speed together": functools.partial(_chess_speed, "together"),

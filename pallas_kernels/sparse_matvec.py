@@ -149,6 +149,7 @@ CASES = (
         for f, m in ((14336, 4096), (4096, 14336))
         for zeros in (0.0, 0.5, 0.7)
     ),
+    (1, 4096, 4096, 0.5, "bfloat16", False, _TUNED),  # the projections of queries and outputs
     *((b, 14336, 4096, 0.5, "bfloat16", False, _TUNED) for b in (2, 4, 8)),
     *((1, f, m, 0.5, "bfloat16", True, _TUNED) for f, m in ((14336, 4096), (4096, 14336))),
     *((1, 14336, 4096, 0.5, dtype, False, ("bench",)) for dtype in ("float16", "float32")),
