@@ -5,7 +5,8 @@ the KL to the dense model, the perplexity and the top-1 agreement of all positio
 measured there, of the weights at sparse sites; `sites` has it by site and layer. `ffn_error` is the relative
 error of a feed-forward block's output, ‖ŷ − y‖ / ‖y‖, given what the dense model gives it, mean over layers.
 `rates` are 33 quantiles, over channels, of how often a channel of the gate lives, mean over layers; `unions`
-are the shares that 1, 2, 4, 8 tokens far apart need together.
+are the shares that 1, 2, 4, 8 tokens far apart need together. `off` is how far a layer's site is from the
+sparsity asked for, at most, on other documents of the thresholds' text, given what the dense model gives.
 """
 
 import functools
@@ -33,6 +34,7 @@ __all__ = ["Quality", "quality"]
 
 _BATCHES = (1, 2, 4, 8)
 _N_RATES = 33
+_OTHERS = 2  # documents of the thresholds' text that they are not made from
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,16 @@ class _Tried:
         return text.documents(self.model.tokenizer, s.texts, s.docs, s.context, s.seed)
 
     @functools.cached_property
-    def passes(self) -> chess.Passes:
+    def learned(self) -> Int[np.ndarray, "N T"]:
+        """The documents that thresholds are made from, and two others of the same text."""
         s = self.settings
-        n = s.tokens // s.length
-        return chess.Passes(self.model, text.documents(self.model.tokenizer, s.learned, n, s.length, s.seed))
+        return text.documents(
+            self.model.tokenizer, s.learned, s.tokens // s.length + _OTHERS, s.length, s.seed
+        )
+
+    @functools.cached_property
+    def passes(self) -> chess.Passes:
+        return chess.Passes(self.model, self.learned[:-_OTHERS])
 
     @functools.cached_property
     def closed(self) -> dict[ActivationSparsity, Thresholds]:
@@ -175,11 +183,21 @@ class _Tried:
         return {
             "spec": repr(method), "kl": float(np.mean(kl)), "kl_documents": kl, "top1": float(np.mean(top1)),
             "perplexity": float(np.exp(np.mean(nll))), "sparsity": _overall(zeros, config),
-            "ffn_error": float(np.mean(errors)), "ffn_error_layers": errors,
+            "ffn_error": float(np.mean(errors)), "ffn_error_layers": errors, "off": self._off(found),
             "sites": {site.name: [float(layer[site]) for layer in zeros] for site in zeros[0]},
             "rates": np.quantile(rates, np.linspace(0, 1, _N_RATES), axis=-1).mean(-1).tolist(),
             "unions": dict(zip(map(str, _BATCHES), union.mean(0).tolist(), strict=True)),
         }  # fmt: skip
+
+    def _off(self, thresholds: Thresholds) -> float:
+        """Returns how far a layer's site is from the method's sparsity, at most."""
+        layers = tuple(thresholds.layers)
+        runs = [
+            activations.run(self.model, row[None], _looked, layers, last_only=False)[1]
+            for row in self.learned[-_OTHERS:]
+        ]
+        zeros = jax.tree.map(lambda *x: float(np.mean(x)), *runs)
+        return max(abs(x - thresholds.method.sparsity) for layer in zeros for x in layer.values())
 
     def _ffn_errors(self, thresholds: Thresholds) -> list[float]:
         """Returns the relative error of each feed-forward block on the first document's dense inputs."""

@@ -111,7 +111,8 @@ def _sparsity(settings: Speed, stored: Results, pattern: Mapping[str, Any]) -> R
             for name, share in [("dense", 0.0), *((m, s) for m in methods for s in settings.sparsities)]:
                 row = case.row("sparsity", name, sparsity=share, weight_bits=bits)
                 stored, base = _measured(settings, stored, case, row, "full", base, pattern)
-    return stored.claim(_claims(stored.rows))
+                stored = stored.claim(_claims(stored.rows))
+    return stored
 
 
 def _together(settings: Speed, stored: Results, pattern: Mapping[str, Any]) -> Results:

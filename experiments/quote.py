@@ -40,6 +40,7 @@ def files() -> dict[Path, dict[str, Callable[[], str]]]:
         results.ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
         results.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
         results.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
+        results.ROOT / "docs" / "methods" / "chess.md": quote_methods.CHESS,
     }
 
 

@@ -196,9 +196,9 @@ def _a2ats_quality() -> str:
 def _chess_quality(options: str) -> str:
     """Returns what methods of activation sparsity lose at equal sparsity.
 
-    options: what the command begins with.
+    options: all of the command's.
     """
-    stored, path = results.newest("chess", f" quality {options}", "chess_quality")
+    stored, path = results.newest(f"chess quality {options}", None, "chess_quality")
     lines = [
         "| asked | method | thresholds | measured | by layer and site | KL to dense | top-1 | perplexity "
         "| FFN error |",
@@ -288,7 +288,10 @@ A2ATS: Mapping[str, Callable[[], str]] = {
 }
 CHESS: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_chess_quality, "--learned moby-dick.txt"),
-    "quality of Gemma": functools.partial(_chess_quality, _GEMMA),
+    "quality of Gemma": functools.partial(
+        _chess_quality,
+        f"{_GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.3 0.5 0.7",
+    ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity"),
     "speed together": functools.partial(_chess_speed, "together"),

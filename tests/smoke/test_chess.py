@@ -46,6 +46,7 @@ def test_methods_are_scored_once_closed_and_refined(tmp_path, monkeypatch, small
     for row in data["rows"][1:]:
         assert row["kl"] > 0
         assert abs(row["sparsity"] - 0.5) < 0.06, row["name"]
+        assert row["off"] < 0.2 or row["form"] == "refined"
         assert 0 < row["ffn_error"] < 1 or row["name"] == "teal"
         assert row["unions"]["1"] <= row["unions"]["2"] <= row["unions"]["8"]
         assert row["rates"] == sorted(row["rates"])
