@@ -1,0 +1,65 @@
+"""Compiles decode steps that leave activations out, for a described device, and prints what was taken.
+
+Run by unit/test_sparse_programs.py, since some failures of these compilers end the process. A JSON line a case.
+"""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from experiments import decode_model
+from kvjax import loop, thresholds
+from kvjax.methods.full import Full
+from kvjax.models import quantize
+from kvjax.sparsity.chess import Chess
+from kvjax.sparsity.teal import Teal
+from kvjax.thresholds import Site, Threshold
+from pallas_kernels import dispatch
+from pallas_kernels.topology import Described
+
+CASES = {"dense": None, "chess+": Chess(plus=True), "teal": Teal(), "groups": Chess(plus=True, group=128)}
+
+
+def sparse(model, method):
+    """A model of shapes with thresholds of shapes, as `Thresholds.apply` leaves it."""
+    config, level = model.config, jax.ShapeDtypeStruct((), jnp.float32)
+
+    def one(site, statistic):
+        weight = jax.ShapeDtypeStruct((site.rows(config),), jnp.float32) if statistic else None
+        return Threshold(level, weight, group=method.group)
+
+    layer = {site: one(site, statistic) for site, statistic in method.sites.items()}
+    params = model.params
+    if Site.FFN_GATE in method.sites:
+        turned = {
+            k: jax.eval_shape(thresholds._turned, v) for k, v in params.items() if k.startswith("layer_")
+        }
+        params = params | turned
+    return dataclasses.replace(
+        model, params=params, thresholds=thresholds.collection([layer] * config.n_layers)
+    )
+
+
+def main(device: str) -> None:
+    at, program = Described(device), None
+    for codes in (False, True):
+        for name, method in CASES.items():
+            model = decode_model.abstract("tiny", decode_model.config_of("tiny", 2))
+            if codes:
+                model = dataclasses.replace(model, params=jax.eval_shape(quantize._quantized, model.params))
+            model = model if method is None else sparse(model, method)
+            state = jax.eval_shape(lambda model=model: loop.init_state(model, Full(), 2, 256))
+            ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
+            program = loop.Program.of(model, Full())
+            variables, ids, state = at.spread((model.variables, ids, state))
+            with at.compiling(), dispatch.watch() as taken:
+                text = loop._step.lower(variables, ids, ids, state, program=program).compile().as_text()
+            calls = text.count("tpu_custom_call") + text.count("__gpu$xla.gpu.triton")
+            print(json.dumps({"name": name, "codes": codes, "calls": calls, "taken": taken}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

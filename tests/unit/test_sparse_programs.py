@@ -1,0 +1,29 @@
+"""Decode steps that leave activations out compile for a GPU and a TPU, with their kernels."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.topology import environment
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(("device", "platform"), [("h100", "gpu"), ("v5e", "tpu"), ("v6e", "tpu")])
+def test_sparse_steps_compile(device, platform):
+    path = os.pathsep.join([str(TESTS.parent), str(Path(sys.prefix) / "compilers"), *sys.path])
+    run = subprocess.run(
+        [sys.executable, TESTS / "sparse_child.py", device],
+        env=os.environ | environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    lines = list(map(json.loads, run.stdout.splitlines()))
+    assert len(lines) == 8
+    for line in lines:
+        name, codes, taken = line["name"], line["codes"], line["taken"]
+        assert taken.get("spvmm") == (platform if codes or name != "dense" else None), line
+        assert taken.get("vmmsp") == (platform if name in ("chess+", "groups") else None), line
