@@ -65,7 +65,7 @@ class Quality:
     context: int = 1024
     tokens: int = 65536
     length: int = 2048
-    methods: tuple[str, ...] = ("cats", "teal", "chess", "chess:plus=True")
+    methods: tuple[str, ...] = (*SPARSITIES, "chess:plus=True")
     sparsities: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     refine: int = 0
     seed: int = 0

@@ -2,6 +2,7 @@
 
     sparsity   methods at equal sparsity, for one row and for batches; int8 weights beside
     together   with Chelsea and with quantised caches at a long context: do the gains multiply?
+    here       a real model with thresholds of its own, on this device; a CPU leaves nothing unread
 
 Weights are random, masks are like a real model's, see `chess_steps`. The floor of a step is the time that its
 bytes take at the copy rate measured by the same process: the weights that it reads, counted in steps from the
@@ -17,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
+import kvjax
 from experiments import options, results
 from experiments.cases import Case, case_of, copy_rate, random_model, weight_bytes
 from experiments.chess_steps import skipped_bytes, state_of, synthetic, timed
 from experiments.results import Results
-from kvjax import spec
+from kvjax import spec, text
+from kvjax.calibrate import chess
 from kvjax.method import CacheMethod
+from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.models.quantize import quantize
 from kvjax.sparsity import SPARSITIES
@@ -42,6 +46,7 @@ class Speed:
         methods: such as chess:plus=True; the first two are timed in all cases.
         sparsities: shares of the activations that are left out.
         together: the case of that part.
+        here: the model of that part.
         caches: cache methods beside the full cache; {budget} is a fifth of the tokens.
         steps: decode steps in one call.
         samples: calls timed, after one that compiles.
@@ -56,6 +61,7 @@ class Speed:
     methods: tuple[str, ...] = ("chess:plus=True", "chess", "cats", "teal")
     sparsities: tuple[float, ...] = (0.5, 0.7)
     together: str = "llama-3.1-8b:1x131072"
+    here: str = "smollm2-135m"
     caches: tuple[str, ...] = ("chelsea:budget={budget}", "kivi8", "kivi4")
     steps: int = 16
     samples: int = 9
@@ -126,6 +132,31 @@ def _together(settings: Speed, stored: Results, pattern: Mapping[str, Any]) -> R
     rows = [r for r in stored.rows if r["part"] == "together"]
     off = {f"chess.together_{r['name']}_{r['cache']}": r["speedup"] / r["bytes_allow"] for r in rows}
     return stored.claim(off)
+
+
+def _here(settings: Speed, stored: Results, pattern: Mapping[str, Any]) -> Results:
+    """Times steps of a real model after a text, dense and sparse in turn."""
+    model, n = kvjax.load(settings.here), settings.steps * (settings.samples + 1)
+    documents = text.documents(model.tokenizer, (text.PROSE,), 9, 512, settings.seed)
+    methods = [
+        spec.parse(name, SPARSITIES, sparsity=share)
+        for name in settings.methods
+        for share in settings.sparsities
+    ]
+    found = chess.closed_form(chess.Passes(model, documents[:8]), methods)
+    spec_of, base = f"{settings.here} {model.dtype.name}", None
+    for sparse in (None, *found):
+        name, share = ("dense", 0.0) if sparse is None else (repr(sparse.method), sparse.method.sparsity)
+        row = {"part": "here", "name": name, "sparsity": share, "spec": spec_of, "batch": 1, "slots": 512 + n}
+        if stored.find(row) is None:
+            one = model if sparse is None else sparse.apply(model)
+            state = kvjax.prefill(one, documents[8:], room=n)[1]
+            values = timed(one, Full(), state, settings.steps, settings.samples)
+            values["speedup"] = (base or values)["step_us"] / values["step_us"]
+            stored = stored.add(row, values).claim({f"chess.here_{name}": values["speedup"]})
+        base = base or stored.find(row)
+        print(f"here {name}: {stored.find(row)['speedup']:.3f} times", flush=True)
+    return stored
 
 
 def _measured(
@@ -204,4 +235,4 @@ def _claims(rows: tuple[dict, ...]) -> dict[str, float]:
     return found
 
 
-_PARTS = {"sparsity": _sparsity, "together": _together}
+_PARTS = {"sparsity": _sparsity, "together": _together, "here": _here}

@@ -1,6 +1,6 @@
 """Compiles decode steps that leave activations out, for a described device, and prints what was taken.
 
-Run by unit/test_sparse_programs.py, since some failures of these compilers end the process. A JSON line a case.
+Run by unit/test_sparse_programs.py, since some failures of these compilers end the process.
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ from tests.tiny_models import byte_tokenizer, tiny
 QUALITY = [
     "--docs", "2", "--context", "96", "--tokens", "5120", "--length", "256", "--sparsities", "0.5",
 ]  # fmt: skip
-METHODS = ("cats", "teal", "chess", "chess:plus=True")
+METHODS = ("cats", "chess", "teal", "chess:plus=True")
 
 
 @pytest.fixture
@@ -101,6 +101,26 @@ def test_steps_are_timed_with_a_stored_pattern(tmp_path, small, learned, capsys)
         elif row["part"] == "sparsity":
             assert row["bytes_allow"] > 1
     assert "chess.decode_speedup_50" in data["claims"]
+    assert (
+        chess.main(["speed", "--pattern", pattern, *arguments, "--parts", "here", "--out", str(tmp_path)])
+        == 0
+    )
+    here = [row for row in results.load(path)["rows"] if row["part"] == "here"]
+    assert [row["sparsity"] for row in here] == [0, 0.5, 0.5, 0.5, 0.5]
+    assert all(row["speedup"] > 0 for row in here)
     assert chess.main(["speed", "--pattern", pattern, *arguments, "--sparsities", "0.6"]) == 2
     assert "a pattern has the methods" in capsys.readouterr().err
     assert chess.main(["speed", "--pattern", pattern, *arguments, "--parts", "other"]) == 2
+
+
+def test_questions_of_files_are_asked(tmp_path, small, learned):
+    lines = ['{"context": "a b", "choices": [" c", " d"], "answer": %d}' % (i % 2) for i in range(6)]  # noqa: UP031
+    (tmp_path / "letters.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    arguments = ["--files", str(tmp_path / "letters.jsonl"), "--tokens", "4096", "--length", "256"]
+    out = ["--learned", learned, "--out", str(tmp_path), "--methods", "chess", "cats"]
+    assert chess.main(["choices", *arguments, *out]) == 0
+    (path,) = (tmp_path / "chess_choices").glob("*.json")
+    data = results.load(path)
+    assert [r["name"] for r in data["rows"]] == ["dense", "chess", "cats"]
+    assert all(r["acc"] == 0.5 and r["questions"] == 6 for r in data["rows"])
+    assert data["claims"]["smollm2.chess.letters.acc_norm@0.5"] == 0.5
