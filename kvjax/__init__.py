@@ -7,9 +7,11 @@ from kvjax.method import CacheMethod, chain
 from kvjax.methods import METHODS
 from kvjax.model import Model, load
 from kvjax.sampling import Sampling
+from kvjax.sparsity import SPARSITIES
 
 __all__ = [
     "METHODS",
+    "SPARSITIES",
     "CacheMethod",
     "Completion",
     "Model",
