@@ -166,18 +166,28 @@ def in_hbm(x: jax.Array) -> jax.Array:
     here = pl.BlockSpec(memory_space=pltpu.HBM)
     options = {"in_specs": [here], "out_specs": here, "input_output_aliases": {0: 0}, "name": "in_hbm"}
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    x = pltpu.with_memory_space_constraint(x, pltpu.HBM)  # its type says so, which XLA's operations refuse
-    return pl.pallas_call(lambda x_ref, same_ref: None, out_shape=shape, **options)(x)
+
+    def same(x: jax.Array) -> jax.Array:
+        x = pltpu.with_memory_space_constraint(x, pltpu.HBM)  # its type says so; XLA's operations refuse it
+        return pl.pallas_call(lambda x_ref, same_ref: None, out_shape=shape, **options)(x)
+
+    held = jax.custom_jvp(same)
+    held.defjvp(lambda values, changes: (held(*values), *changes))  # a kernel that aliases has no gradient
+    return held(x)
 
 
 def splash_kernel(mask: jax.Array, block_q: int, block_kv: int) -> Callable[..., jax.Array]:
     """Returns JAX's splash attention over a mask [heads T S]: a function of scaled q, k and v [heads S D]."""
-    sizes = splash_attention.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv)
+    sizes = splash_attention.BlockSizes(
+        block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv, block_q_dkv=block_q,
+        block_kv_dkv=block_kv, block_kv_dkv_compute=block_kv, block_q_dq=block_q, block_kv_dq=block_kv,
+    )  # fmt: skip
     kernel = splash_attention.make_splash_mha_single_device(
         mask, block_sizes=sizes, interpret=target().interpret is not None
     )
     # Under jit JAX makes an array of this flag, and then asks Python whether it is true.
-    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+    for name in ("fwd_mask_info", "dq_mask_info", "dkv_mask_info"):
+        setattr(kernel, name, getattr(kernel, name)._replace(is_dynamic_mask=True))
     return kernel
 
 

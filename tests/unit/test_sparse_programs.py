@@ -1,4 +1,4 @@
-"""Decode steps that leave activations out compile for a GPU and a TPU, with their kernels."""
+"""Steps that leave activations out, and one that learns which, compile for a GPU and a TPU."""
 
 import json
 import os
@@ -22,7 +22,8 @@ def test_sparse_steps_compile(device, platform):
         env=os.environ | environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
-    lines = list(map(json.loads, run.stdout.splitlines()))
+    refinement, *lines = map(json.loads, run.stdout.splitlines())
+    assert refinement["taken"] == {"prefill_attention": platform}  # whose gradient the library has
     assert len(lines) == 8
     for line in lines:
         name, codes, taken = line["name"], line["codes"], line["taken"]
