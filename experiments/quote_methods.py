@@ -292,6 +292,16 @@ CHESS: Mapping[str, Callable[[], str]] = {
         _chess_quality,
         f"{_GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.3 0.5 0.7",
     ),
+    "settings": functools.partial(
+        _chess_quality,
+        "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats teal "
+        "chess:statistic=rms chess:group=8 chess:group=128 --sparsities 0.5",
+    ),
+    "refined": functools.partial(
+        _chess_quality,
+        "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats --sparsities 0.5 "
+        "--refine 40",
+    ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity"),
     "speed together": functools.partial(_chess_speed, "together"),

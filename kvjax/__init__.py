@@ -1,5 +1,6 @@
 """kvjax: long-context LLM inference in JAX when memory is the wall."""
 
+from kvjax.contexts import load_context, save_context
 from kvjax.debug import debug
 from kvjax.generate import Completion, generate, stream
 from kvjax.loop import decode, decode_step, pad, prefill
@@ -22,7 +23,9 @@ __all__ = [
     "decode_step",
     "generate",
     "load",
+    "load_context",
     "pad",
     "prefill",
+    "save_context",
     "stream",
 ]

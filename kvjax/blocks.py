@@ -1,0 +1,166 @@
+"""Holds bytes in a file of blocks of one size, each with a checksum, that a crash does not mix up.
+
+    block i     at stride·(i + 1): payload, zeros, seal                 stride: a multiple of 4,096 bytes
+    seal        its last 40 bytes: a mark, the generation, i, the payload's length, and xxh3 of all before
+    block -1    at 0: the same; its payload is the sizes
+
+A block is sealed by the write that brings its payload, so what was not finished has no valid seal. A block of
+another place, or of an earlier generation of the file, has another seal and counts as damaged here.
+"""
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+__all__ = ["ALIGN", "BlockFile", "DamagedBlock", "create", "open_blocks", "stride_of"]
+
+ALIGN = 4096  # of blocks, as direct input and output wants it
+_SEAL = struct.Struct("<8sqqI4x")  # mark, generation, number, length; then xxh3 of 8 bytes
+_SUM = struct.Struct("<Q")
+_TAIL = _SEAL.size + _SUM.size
+_MARK = b"kvjaxB1\n"
+_HEAD = struct.Struct("<qq")  # bytes of a payload at most, generation
+
+
+class DamagedBlock(ValueError):
+    """A block that is not what was written: where it is, and what is wrong with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockFile:
+    """An open file of blocks; made by `create` and `open_blocks`.
+
+    Args:
+        path: of the file.
+        handle: the open file's number.
+        block_bytes: of a payload, at most.
+        generation: that all of its blocks belong to.
+    """
+
+    path: Path
+    handle: int
+    block_bytes: int
+    generation: int
+
+    def __enter__(self) -> "BlockFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self.handle)
+
+    def write(self, number: int, payload: bytes | memoryview) -> None:
+        """Writes and seals a block; it is on disk for good after `sync`.
+
+        Raises:
+            ValueError: for a payload that is longer than blocks are.
+            OSError: where the disk refuses.
+        """
+        if len(payload) > self.block_bytes:
+            raise ValueError(f"a block has up to {self.block_bytes} bytes, got {len(payload)}")
+        _put(self.handle, number, _sealed(payload, number, self.generation, stride_of(self.block_bytes)))
+
+    def sync(self) -> None:
+        """Waits until all that was written is on the disk."""
+        os.fsync(self.handle)
+
+    def read(self, number: int) -> memoryview:
+        """Returns a block's payload.
+
+        Raises:
+            DamagedBlock: where it is cut short, was never finished, or is not what was written.
+        """
+        stride = stride_of(self.block_bytes)
+        return _opened(_get(self.handle, number, stride), number, self.generation, stride, self.path)
+
+    def sealed(self) -> list[int]:
+        """Returns the numbers of all whole blocks, each of which is read for it."""
+        n = max(0, os.fstat(self.handle).st_size // stride_of(self.block_bytes))
+        found = []
+        for number in range(n):
+            try:
+                self.read(number)
+            except DamagedBlock:
+                continue
+            found.append(number)
+        return found
+
+
+def create(path: Path, block_bytes: int, generation: int) -> BlockFile:
+    """Makes a new file, which must not be there.
+
+    Raises:
+        ValueError: for blocks of no bytes.
+        OSError: where the disk refuses.
+    """
+    if block_bytes < 1:
+        raise ValueError(f"a block has at least 1 byte, got {block_bytes=}")
+    file = BlockFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), block_bytes, generation)
+    try:
+        head = _sealed(_HEAD.pack(block_bytes, generation), -1, generation, ALIGN)
+        _put(file.handle, -1, head.ljust(stride_of(block_bytes), b"\0"))
+    except BaseException:
+        os.close(file.handle)
+        raise
+    return file
+
+
+def open_blocks(path: Path) -> BlockFile:
+    """Opens a file to read.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        DamagedBlock: where its first block is not whole.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        raw = os.pread(handle, ALIGN, 0)
+        generation = _SEAL.unpack_from(raw, ALIGN - _TAIL)[1] if len(raw) == ALIGN else 0
+        sizes = _opened(raw, -1, generation, ALIGN, path)
+        block_bytes, generation = _HEAD.unpack(sizes)
+    except BaseException:
+        os.close(handle)
+        raise
+    return BlockFile(path, handle, block_bytes, generation)
+
+
+def stride_of(block_bytes: int) -> int:
+    """Returns the bytes that a block takes in its file."""
+    return -(-(block_bytes + _TAIL) // ALIGN) * ALIGN
+
+
+def _sealed(payload: bytes | memoryview, number: int, generation: int, stride: int) -> bytes:
+    body = bytes(payload).ljust(stride - _TAIL, b"\0") + _SEAL.pack(_MARK, generation, number, len(payload))
+    return body + _SUM.pack(xxhash.xxh3_64_intdigest(body))
+
+
+def _opened(raw: bytes, number: int, generation: int, stride: int, path: Path) -> memoryview:
+    where = f"block {number} of {str(path)!r}"
+    if len(raw) != stride:
+        raise DamagedBlock(f"a block has {stride} bytes on disk, got {len(raw)} of {where}: it is cut short")
+    if _SUM.unpack_from(raw, stride - _SUM.size)[0] != xxhash.xxh3_64_intdigest(raw[: -_SUM.size]):
+        raise DamagedBlock(f"a block has the checksum of its bytes, got another in {where}: it is damaged")
+    mark, found, place, length = _SEAL.unpack_from(raw, stride - _TAIL)
+    if (mark, found, place) != (_MARK, generation, number) or length > stride - _TAIL:
+        raise DamagedBlock(
+            f"a block has its own place and generation, got {place} of {found} in {where} of {generation}"
+        )
+    return memoryview(raw)[:length]
+
+
+def _put(handle: int, number: int, raw: bytes) -> None:
+    """Writes a whole block; a disk that takes a part of it is asked again for the rest."""
+    done = 0
+    while done < len(raw):
+        done += os.pwrite(handle, memoryview(raw)[done:], (number + 1) * len(raw) + done)
+
+
+def _get(handle: int, number: int, stride: int) -> bytes:
+    """Reads a whole block, or what there is of it."""
+    parts, done = [], 0
+    while done < stride and (part := os.pread(handle, stride - done, (number + 1) * stride + done)):
+        parts.append(part)
+        done += len(part)
+    return b"".join(parts)
