@@ -292,6 +292,10 @@ CHESS: Mapping[str, Callable[[], str]] = {
         _chess_quality,
         f"{_GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.3 0.5 0.7",
     ),
+    "quality of Qwen": functools.partial(
+        _chess_quality,
+        f"{_QWEN} --learned moby-dick.txt --docs 2 --context 512 --tokens 4096 --length 512 --sparsities 0.5",
+    ),
     "settings": functools.partial(
         _chess_quality,
         "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats teal "
