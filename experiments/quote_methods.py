@@ -303,8 +303,8 @@ CHESS: Mapping[str, Callable[[], str]] = {
     ),
     "refined": functools.partial(
         _chess_quality,
-        "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats --sparsities 0.5 "
-        "--refine 40",
+        "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats "
+        "--sparsities 0.5 --refine 40",
     ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity"),
