@@ -56,13 +56,13 @@ def save_context(
     model: Model,
     method: CacheMethod,
     state: State,
-    tokens: Int[np.ndarray, "B T"] | None = None,
+    tokens: Any = None,
 ) -> None:
     """Saves a state; one that is in the folder is replaced once this one is whole.
 
     Args:
         method: that the state is of.
-        tokens: what has been read, to be kept with it.
+        tokens: what has been read, [B T], to be kept with it.
 
     Raises:
         ValueError: for a state that lies on the host or on several devices, or a folder that another process
@@ -117,6 +117,16 @@ def load_context(folder: Path | str, model: Model, method: CacheMethod) -> Conte
         FileNotFoundError: where there is none.
         ValueError: for that of another model, method, format or byte order, or a damaged manifest.
         DamagedBlock: for a damaged or missing block, which it names.
+
+    Example:
+        >>> import kvjax, tempfile
+        >>> model, method = kvjax.load("smollm2-135m"), kvjax.METHODS["full"]()
+        >>> ids = kvjax.pad([[5, 6, 7]])
+        >>> _, state = kvjax.prefill(model, ids, method, room=2)
+        >>> folder = tempfile.mkdtemp()
+        >>> kvjax.save_context(folder, model, method, state, tokens=ids)
+        >>> kvjax.load_context(folder, model, method).tokens
+        array([[5, 6, 7]], dtype=int32)
     """
     folder = Path(folder)
     about = _read_manifest(folder)

@@ -67,7 +67,7 @@ def run(x, codebook):
 def _default(dtype, size: int) -> Settings:
     """Returns tiles that fit registers, which hold all operands in float32, and shared memory."""
     if dtype == jnp.float32:
-        return Settings(vectors=64, codewords=64, warps=8)
+        return Settings(64, 64, warps=8) if size <= 128 else Settings(32, 32, warps=4)  # 96 KiB, on an L4 too
     return Settings() if size <= 128 else Settings(vectors=64, codewords=64, warps=4)
 
 

@@ -104,7 +104,7 @@ def test_quantised_storage_holds_what_it_says(bits, share):
 def test_the_compiled_step_makes_no_copy_of_the_cache(name):
     program, state = decoding_state(CASES[name])
     ids = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
-    memory = loop._step.lower(MODEL.params, ids, ids, state, program=program).compile().memory_analysis()
+    memory = loop._step.lower(MODEL.variables, ids, ids, state, program=program).compile().memory_analysis()
     cache, params = measure.nbytes(state), 4 * MODEL.config.n_params()
     assert memory.alias_size_in_bytes >= cache
     assert memory.argument_size_in_bytes <= (cache + params) * 1.001 + 4096

@@ -3,11 +3,11 @@
 import pytest
 
 import kvjax
-from kvjax import methods
+from kvjax import methods, sparsity
 
 MADE_BY_OTHERS = {"Completion", "Model"}  # by `generate` and `load`, whose examples show them
 DOCUMENTED = {name: getattr(kvjax, name) for name in set(kvjax.__all__) - MADE_BY_OTHERS}
-DOCUMENTED["METHODS"] = methods  # a dict has no docstring of its own
+DOCUMENTED["METHODS"], DOCUMENTED["SPARSITIES"] = methods, sparsity  # a dict has no docstring of its own
 DOCUMENTED["Model.logits"] = kvjax.Model.logits
 
 

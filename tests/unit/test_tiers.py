@@ -206,7 +206,7 @@ def test_staged_rows_that_overflow_are_an_error_in_debug_mode():
     _, state = kvjax.prefill(MODEL, PROMPTS, method, room=200)
     step = kvjax.debug(
         lambda s: loop._step(
-            MODEL.params, FORCED[:, :1], s[0].seen[:, None], s, program=loop.Program.of(MODEL, method)
+            MODEL.variables, FORCED[:, :1], s[0].seen[:, None], s, program=loop.Program.of(MODEL, method)
         )
     )
     for _ in range(tiers.STEPS):
