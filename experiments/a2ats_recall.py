@@ -23,7 +23,7 @@ import numpy as np
 import kvjax
 from experiments import results
 from experiments.a2ats_ranking import Book, ranked
-from experiments.rows import start
+from experiments.rows import check_apart, start
 from kvjax import replay, text
 from kvjax.cache import Layer
 from kvjax.calibrate import kmeans, refine, statistics
@@ -82,11 +82,7 @@ class Recall:
 
 def recall(settings: Recall) -> int:
     """Ranks the tokens of each layer that is not stored yet, prints the means over layers and claims them."""
-    if set(settings.texts) & set(settings.learned) or not settings.learned:
-        raise ValueError(
-            f"codebooks are asked about texts that they were not made from, got texts={settings.texts} and "
-            f"learned={settings.learned}"
-        )
+    check_apart("codebooks", settings)
     stored, rows = start("a2ats", "recall", settings), []
     model = kvjax.load(settings.model, settings.dtype)
     tried = _Tried(settings, model)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 import kvjax
 from experiments import chess_plot, results
-from experiments.rows import measured, start
+from experiments.rows import check_apart, measured, start
 from kvjax import measure, spec, text
 from kvjax.calibrate import activations, chess, refine_thresholds
 from kvjax.models.config import ModelConfig
@@ -78,11 +78,7 @@ def quality(settings: Quality) -> int:
     Raises:
         ValueError: where text is scored that thresholds are made from, or there is none to make them from.
     """
-    if set(settings.texts) & set(settings.learned) or not settings.learned:
-        raise ValueError(
-            f"thresholds are asked about texts that they were not made from, got texts={settings.texts} and "
-            f"learned={settings.learned}"
-        )
+    check_apart("thresholds", settings)
     methods = {
         (name, share): spec.parse(name, SPARSITIES, sparsity=share)
         for share in settings.sparsities

@@ -9,7 +9,7 @@ import numpy as np
 
 import kvjax
 from experiments import results
-from experiments.rows import measured, start
+from experiments.rows import check_apart, measured, start
 from experiments.scoring import Prose
 from kvjax import measure, spec, text
 from kvjax.calibrate import chess
@@ -61,11 +61,7 @@ def together(settings: Together) -> int:
     Raises:
         ValueError: where text is scored that thresholds are made from, or there is none to make them from.
     """
-    if set(settings.texts) & set(settings.learned) or not settings.learned:
-        raise ValueError(
-            f"thresholds are asked about texts that they were not made from, got texts={settings.texts} and "
-            f"learned={settings.learned}"
-        )
+    check_apart("thresholds", settings)
     names = ("dense", *settings.methods)
     for name in settings.methods:
         spec.parse(name, SPARSITIES, sparsity=settings.sparsity)

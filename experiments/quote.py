@@ -6,7 +6,7 @@ usage: python -m experiments.quote
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments import quote_methods, results
+from experiments import quote_chess, quote_methods, results
 
 __all__ = ["files", "main", "quoted"]
 
@@ -40,7 +40,7 @@ def files() -> dict[Path, dict[str, Callable[[], str]]]:
         results.ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
         results.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
         results.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
-        results.ROOT / "docs" / "methods" / "chess.md": quote_methods.CHESS,
+        results.ROOT / "docs" / "methods" / "chess.md": quote_chess.CHESS,
     }
 
 

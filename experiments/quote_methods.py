@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from experiments import results
 
-__all__ = ["A2ATS", "CHELSEA", "CHESS"]
+__all__ = ["A2ATS", "CHELSEA", "GEMMA", "QWEN", "below"]
 
 _SPEED = """
     tokens a second where memory is equal, 8 full rows of 32,768, 8B | | 4.5 | equal_memory_throughput
@@ -32,7 +32,7 @@ def _chelsea_quality(options: str) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {r['keep']:.0%} | {r['name']} | {_scores(r)} |" for r in stored["rows"]]
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _chelsea_sweep(options: str) -> str:
@@ -46,7 +46,7 @@ def _chelsea_sweep(options: str) -> str:
         f"| {r['setting'] or 'none'} | {r['keep']:.0%} | {r['kl']:.4f} | {r['top1']:.1%} |"
         for r in stored["rows"]
     ]
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _chelsea_long() -> str:
@@ -54,7 +54,7 @@ def _chelsea_long() -> str:
     stored, path = results.newest("chelsea", " long", "chelsea_long")
     lines = ["| method | slots | KL to full | top-1 |", "|---|---|---|---|"]
     lines += [f"| {r['name']} | {r['budget']} | {r['kl']:.4f} | {r['top1']:.1%} |" for r in stored["rows"]]
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _chelsea_speed(options: str) -> str:
@@ -83,7 +83,7 @@ def _chelsea_speed(options: str) -> str:
     picture = path.removesuffix(".json") + ".png"
     if (results.ROOT / picture).exists():
         lines += ["", f"![Decode steps over the context](../../{picture})"]
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _chelsea_requests() -> str:
@@ -96,7 +96,7 @@ def _chelsea_requests() -> str:
         lines.append(
             f"| {r['name']} | {r['rows']} | {r['prefill_s']:.2f}{scaled} | {r['decode_s']:.2f} | {ratio} |"
         )
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _a2ats_hits(options: str) -> str:
@@ -118,7 +118,7 @@ def _a2ats_hits(options: str) -> str:
             f"| {ratio:.1%} | {steps[ratio]:,.0f} tokens | {hot:g}x | {r['share_held']:.0%} "
             f"| {r['hit_rate']:.1%} | {blocks[ratio, hot]:.1%} |"
         )
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _a2ats_recall(options: str) -> str:
@@ -141,7 +141,7 @@ def _a2ats_recall(options: str) -> str:
         cells = [f"{mean[ratio, 'recall']:.0%}" for ratio in ratios]
         cells += [f"{mean[ratios[1], 'mass_union']:.1%}", f"{mean[ratios[1], 'read']:.1%}"]
         lines.append(f"| {way} | {' | '.join(cells)} |")
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _a2ats_speed() -> str:
@@ -162,7 +162,7 @@ def _a2ats_speed() -> str:
                 f"{host['hit_rate']:.1%}",
             )
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _rows(n: int) -> str:
@@ -179,7 +179,7 @@ def _a2ats_reads() -> str:
         "|---" * (len(sizes) + 1) + "|",
     ]
     lines += [f"| {g:g} GiB | {' | '.join(f'{found[g, n]:.1f}' for n in sizes)} |" for g in spreads]
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _a2ats_quality() -> str:
@@ -190,62 +190,7 @@ def _a2ats_quality() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [f"| {r['ratio']:.1%} | {r['name']} | {r['read']:.1%} | {_scores(r)} |" for r in stored["rows"]]
-    return "\n".join(lines) + _below(stored, path)
-
-
-def _chess_quality(options: str) -> str:
-    """Returns what methods of activation sparsity lose at equal sparsity.
-
-    options: all of the command's.
-    """
-    stored, path = results.newest(f"chess quality {options}", None, "chess_quality")
-    lines = [
-        "| asked | method | thresholds | measured | by layer and site | KL to dense | top-1 | perplexity "
-        "| FFN error |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in stored["rows"]:
-        cells = [f"{r['sparsity_asked']:.0%}", r["name"], r["form"], *[""] * 2]
-        if "sites" in r:
-            shares = [x for site in r["sites"].values() for x in site]
-            cells[3:] = f"{r['sparsity']:.1%}", f"{min(shares):.0%} .. {max(shares):.0%}"
-        error = f"{r['ffn_error']:.3f}" if "ffn_error" in r else ""
-        cells += f"{r['kl']:.4f}", f"{r['top1']:.1%}", f"{r['perplexity']:.2f}", error
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + _below(stored, path)
-
-
-def _chess_together() -> str:
-    """Returns what activation sparsity and cache methods lose, alone and together."""
-    stored, path = results.newest("chess", " together", "chess_together")
-    caches = list(dict.fromkeys(r["cache"] for r in stored["rows"]))
-    kl = {(r["name"], r["cache"]): r["kl"] for r in stored["rows"]}
-    lines = [
-        f"| KL to dense | {' | '.join(c.partition(':')[0] for c in caches)} |",
-        "|---" * (len(caches) + 1) + "|",
-    ]
-    names = dict.fromkeys(r["name"] for r in stored["rows"])
-    lines += [f"| {name} | {' | '.join(f'{kl[name, c]:.4f}' for c in caches)} |" for name in names]
-    return "\n".join(lines) + _below(stored, path)
-
-
-def _chess_speed(part: str) -> str:
-    """Returns decode steps: times, what the bytes allow, and how many activations were 0."""
-    stored, path = results.newest("chess", " speed", "chess_speed", part=part)
-    lines = [
-        "| rows | cache | weights | method | sparsity | zeros by site | step, µs | of limit | times as fast "
-        "| bytes allow |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in (r for r in stored["rows"] if r["part"] == part):
-        zeros = ", ".join(f"{site.lower()} {x:.0%}" for site, x in r["zeros"].items())
-        cache = f"{r['slots']:,}, {r.get('cache', 'full').partition(':')[0]}"
-        weights = f"{r.get('weight_bits', 16)} bits"
-        lines.append(
-            f"| {r['batch']} | {cache} | {weights} | {r['name']} | {r['sparsity']:.0%} | {zeros} "
-            f"| {r['step_us']:,.0f} | {r['fraction']:.0%} | {r['speedup']:.2f} | {r['bytes_allow']:.2f} |"
-        )
-    return "\n".join(lines) + _below(stored, path)
+    return "\n".join(lines) + below(stored, path)
 
 
 def _scores(r: Mapping) -> str:
@@ -254,7 +199,7 @@ def _scores(r: Mapping) -> str:
     return f"{r['kl']:.4f} | {r['top1']:.1%} | {r['perplexity']:.2f} | {' | '.join(keys)}"
 
 
-def _below(stored: dict, path: str) -> str:
+def below(stored: dict, path: str) -> str:
     """Says under a table of docs/methods which command made it."""
     return (
         f"\n\n(`{stored['command']}` of {stored['commit'][:7]}, {stored['device']}: [{path}](../../{path}))\n"
@@ -274,39 +219,15 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "speed of Qwen": functools.partial(_chelsea_speed, "--cases qwen2.5-1.5b"),
     "requests": _chelsea_requests,
 }
-_GEMMA, _QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
+GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
 A2ATS: Mapping[str, Callable[[], str]] = {
     "quality": _a2ats_quality,
     "recall": functools.partial(_a2ats_recall, "--dtype"),
-    "recall of Gemma": functools.partial(_a2ats_recall, _GEMMA),
-    "recall of Qwen": functools.partial(_a2ats_recall, _QWEN),
+    "recall of Gemma": functools.partial(_a2ats_recall, GEMMA),
+    "recall of Qwen": functools.partial(_a2ats_recall, QWEN),
     "hits": functools.partial(_a2ats_hits, "--dtype"),
-    "hits of Gemma": functools.partial(_a2ats_hits, _GEMMA),
-    "hits of Qwen": functools.partial(_a2ats_hits, _QWEN),
+    "hits of Gemma": functools.partial(_a2ats_hits, GEMMA),
+    "hits of Qwen": functools.partial(_a2ats_hits, QWEN),
     "speed": _a2ats_speed,
     "reads": _a2ats_reads,
-}
-CHESS: Mapping[str, Callable[[], str]] = {
-    "quality": functools.partial(_chess_quality, "--learned moby-dick.txt"),
-    "quality of Gemma": functools.partial(
-        _chess_quality,
-        f"{_GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.3 0.5 0.7",
-    ),
-    "quality of Qwen": functools.partial(
-        _chess_quality,
-        f"{_QWEN} --learned moby-dick.txt --docs 2 --context 512 --tokens 4096 --length 512 --sparsities 0.5",
-    ),
-    "settings": functools.partial(
-        _chess_quality,
-        "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats teal "
-        "chess:statistic=rms chess:group=8 chess:group=128 --sparsities 0.5",
-    ),
-    "refined": functools.partial(
-        _chess_quality,
-        "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats "
-        "--sparsities 0.5 --refine 40",
-    ),
-    "together": _chess_together,
-    "speed": functools.partial(_chess_speed, "sparsity"),
-    "speed together": functools.partial(_chess_speed, "together"),
 }

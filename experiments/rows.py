@@ -7,7 +7,7 @@ from typing import Any
 from experiments import options, results
 from experiments.results import Results
 
-__all__ = ["claims", "measured", "start"]
+__all__ = ["check_apart", "claims", "measured", "start"]
 
 _FIGURES = (
     "kl", "top1", "perplexity", "passkey_filler", "passkey_novel", "read", "step_tokens", "union", "lines",
@@ -23,6 +23,18 @@ def start(experiment: str, command: str, settings: Any) -> Results:
     words = [f"python -m experiments.{experiment}", command, *arguments]
     folder = f"{experiment}_{command}"
     return results.start(folder, settings.seed, folder=settings.out, command=" ".join(words))
+
+
+def check_apart(what: str, settings: Any) -> None:
+    """Raises ValueError where texts are asked about that something was made from, or it is made from none.
+
+    settings: an experiment's: `texts` and `learned`.
+    """
+    if set(settings.texts) & set(settings.learned) or not settings.learned:
+        raise ValueError(
+            f"{what} are asked about texts that they were not made from, got texts={settings.texts} and "
+            f"learned={settings.learned}"
+        )
 
 
 def measured(stored: Results, row: Mapping[str, Any], figures: Callable[[], dict[str, Any]]) -> Results:

@@ -75,18 +75,6 @@ class BlockFile:
         stride = stride_of(self.block_bytes)
         return _opened(_get(self.handle, number, stride), number, self.generation, stride, self.path)
 
-    def sealed(self) -> list[int]:
-        """Returns the numbers of all whole blocks, each of which is read for it."""
-        n = max(0, os.fstat(self.handle).st_size // stride_of(self.block_bytes))
-        found = []
-        for number in range(n):
-            try:
-                self.read(number)
-            except DamagedBlock:
-                continue
-            found.append(number)
-        return found
-
 
 def create(path: Path, block_bytes: int, generation: int) -> BlockFile:
     """Makes a new file, which must not be there.

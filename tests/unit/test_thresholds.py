@@ -18,7 +18,7 @@ from kvjax.models.quantize import quantize
 from kvjax.sparsity import SPARSITIES
 from kvjax.sparsity.cats import Cats
 from kvjax.sparsity.chess import Chess
-from kvjax.thresholds import Site, Threshold, Thresholds
+from kvjax.thresholds import Site, Threshold
 from pallas_kernels import dispatch
 from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
@@ -279,8 +279,11 @@ def test_the_command_line_calibrates_and_generates(tmp_path, monkeypatch, capsys
     assert cli.main(["calibrate", "chess", "--out", folder, "--context", "250"]) == 2
 
 
-def test_thresholds_of_a_class(found):
-    assert isinstance(found["cats"], Thresholds)
-    for site in Site:
-        assert site.rows(MODEL.config) > 0
-        assert site.row_weights(MODEL.config) > 0
+@pytest.mark.parametrize("site", Site)
+def test_a_site_counts_the_weights_of_its_products(site):
+    c, layer = MODEL.config, MODEL.params["layer_0"]
+    part, name, *_ = site.split("/")
+    names = ("up", "down") if site is Site.FFN_GATE else (name,)
+    assert site.rows(c) * site.row_weights(c) == sum(layer[part][n]["kernel"].size for n in names)
+    if site is not Site.FFN_GATE:
+        assert site.rows(c) == layer[part][name]["kernel"].shape[0]
