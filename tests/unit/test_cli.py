@@ -3,7 +3,7 @@ import io
 import pytest
 
 import kvjax
-from kvjax import budgets, cli
+from kvjax import budgets, cli, cli_calibrate
 from tests.tiny_models import byte_tokenizer, tiny
 
 
@@ -80,7 +80,7 @@ def test_calibrated_budgets_serve_generation(loaded, capsys, tmp_path, monkeypat
     sizes = ["--docs", "2", "--context", "240", "--keep", "0.7", "--out", str(path)]
     assert cli.main(["calibrate", "budgets", *sizes]) == 0
     assert "1 of 4 heads need" in capsys.readouterr().out
-    monkeypatch.setattr(cli.budget_losses, "N_REST", 16)
+    monkeypatch.setattr(cli_calibrate.budget_losses, "N_REST", 16)
     assert cli.main(["calibrate", "budgets", "--refine", "1", *sizes]) == 0
     losses = budgets.load(path, loaded).losses
     assert "before and after each round: {} {}".format(*losses) in capsys.readouterr().out
