@@ -8,6 +8,8 @@ A block is sealed by the write that brings its payload, so what was not finished
 another place, or of an earlier generation of the file, has another seal and counts as damaged here.
 """
 
+import errno
+import mmap
 import os
 import struct
 from dataclasses import dataclass
@@ -38,18 +40,32 @@ class BlockFile:
         handle: the open file's number.
         block_bytes: of a payload, at most.
         generation: that all of its blocks belong to.
+        reader: the handle that blocks are read by.
+        direct: whether that reads the disk itself; not every file system does, then pages are cached.
     """
 
     path: Path
     handle: int
     block_bytes: int
     generation: int
+    reader: int  # the handle that blocks are read by, past the page cache where `direct`
+    direct: bool
 
     def __enter__(self) -> "BlockFile":
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self.handle)
+        self.close()
+
+    @property
+    def stride(self) -> int:
+        """The bytes of a block in the file."""
+        return stride_of(self.block_bytes)
+
+    def close(self) -> None:
+        """Closes the file."""
+        for handle in {self.handle, self.reader}:
+            os.close(handle)
 
     def write(self, number: int, payload: bytes | memoryview) -> None:
         """Writes and seals a block; it is on disk for good after `sync`.
@@ -72,8 +88,21 @@ class BlockFile:
         Raises:
             DamagedBlock: where it is cut short, was never finished, or is not what was written.
         """
-        stride = stride_of(self.block_bytes)
-        return _opened(_get(self.handle, number, stride), number, self.generation, stride, self.path)
+        return self.read_into(number, memoryview(mmap.mmap(-1, self.stride)))
+
+    def read_into(self, number: int, place: memoryview) -> memoryview:
+        """Returns a block's payload, which is a part of `place`: a stride of bytes that begins on a page.
+
+        Raises:
+            DamagedBlock: as `read`.
+            OSError: where the disk fails.
+        """
+        done, start = 0, (number + 1) * self.stride
+        while done < self.stride and (n := os.preadv(self.reader, [place[done:]], start + done)):
+            done += n
+            if done % ALIGN:  # cut short: no read past the cache begins within a page
+                break
+        return _opened(place[:done], number, self.generation, self.stride, self.path)
 
 
 def create(path: Path, block_bytes: int, generation: int) -> BlockFile:
@@ -85,24 +114,25 @@ def create(path: Path, block_bytes: int, generation: int) -> BlockFile:
     """
     if block_bytes < 1:
         raise ValueError(f"a block has at least 1 byte, got {block_bytes=}")
-    file = BlockFile(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), block_bytes, generation)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    file = BlockFile(path, handle, block_bytes, generation, *_reader(path, handle))
     try:
         head = _sealed(_HEAD.pack(block_bytes, generation), -1, generation, ALIGN)
         _put(file.handle, -1, head.ljust(stride_of(block_bytes), b"\0"))
     except BaseException:
-        os.close(file.handle)
+        file.close()
         raise
     return file
 
 
-def open_blocks(path: Path) -> BlockFile:
-    """Opens a file to read.
+def open_blocks(path: Path, *, writable: bool = False) -> BlockFile:
+    """Opens a file to read, or to write more blocks as well.
 
     Raises:
         FileNotFoundError: where there is none.
         DamagedBlock: where its first block is not whole.
     """
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
     try:
         raw = os.pread(handle, ALIGN, 0)
         generation = _SEAL.unpack_from(raw, ALIGN - _TAIL)[1] if len(raw) == ALIGN else 0
@@ -111,7 +141,17 @@ def open_blocks(path: Path) -> BlockFile:
     except BaseException:
         os.close(handle)
         raise
-    return BlockFile(path, handle, block_bytes, generation)
+    return BlockFile(path, handle, block_bytes, generation, *_reader(path, handle))
+
+
+def _reader(path: Path, handle: int) -> tuple[int, bool]:
+    """Returns a handle that reads past the page cache, if the file system has such, and whether it does."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECT), True
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return handle, False
 
 
 def stride_of(block_bytes: int) -> int:
@@ -124,7 +164,7 @@ def _sealed(payload: bytes | memoryview, number: int, generation: int, stride: i
     return body + _SUM.pack(xxhash.xxh3_64_intdigest(body))
 
 
-def _opened(raw: bytes, number: int, generation: int, stride: int, path: Path) -> memoryview:
+def _opened(raw: bytes | memoryview, number: int, generation: int, stride: int, path: Path) -> memoryview:
     where = f"block {number} of {str(path)!r}"
     if len(raw) != stride:
         raise DamagedBlock(f"a block has {stride} bytes on disk, got {len(raw)} of {where}: it is cut short")
@@ -143,12 +183,3 @@ def _put(handle: int, number: int, raw: bytes) -> None:
     done = 0
     while done < len(raw):
         done += os.pwrite(handle, memoryview(raw)[done:], (number + 1) * len(raw) + done)
-
-
-def _get(handle: int, number: int, stride: int) -> bytes:
-    """Reads a whole block, or what there is of it."""
-    parts, done = [], 0
-    while done < stride and (part := os.pread(handle, stride - done, (number + 1) * stride + done)):
-        parts.append(part)
-        done += len(part)
-    return b"".join(parts)

@@ -1,4 +1,4 @@
-"""The command line `kvjax`: generate text, calibrate, list methods, list models."""
+"""The command line `kvjax`: generate text, calibrate, list methods, list models, look at the machine."""
 
 import dataclasses
 import sys
@@ -13,6 +13,7 @@ import kvjax
 from kvjax import budgets, spec, thresholds
 from kvjax.calibrate import codebooks
 from kvjax.cli_calibrate import Calibrate, check_tokenizer
+from kvjax.cli_doctor import Doctor
 from kvjax.method import CacheMethod
 from kvjax.model import Model
 from kvjax.models.hub import MODELS
@@ -139,7 +140,7 @@ class Models:
         print("also: hf:org/name, the folder of a Hugging Face checkpoint, or a .gguf file")
 
 
-Command = Generate | Calibrate | Methods | Models
+Command = Generate | Calibrate | Methods | Models | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:

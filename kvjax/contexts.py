@@ -1,20 +1,14 @@
 """Saves what a model has read, and opens it again without reading it anew.
 
-    FOLDER/manifest.json        whose context this is, and which generation is whole; replaced in one step
-    FOLDER/00000003/000.blocks  the state of layer 0, of generation 3, see `blocks`
-    FOLDER/lock                 held by the process that writes
-
 A context is written beside the old one and takes its place when all of it is on the disk, so a crash leaves
-the old one or the new one. All arrays of a state are kept as they are, bit by bit, whatever the method.
+the old one or the new one, see `context_folder`. All arrays of a state are kept as they are, bit by bit,
+whatever the method. Layers whose rows lie on the disk already are saved where they lie: what is written of
+them is the method's index, and the chunk of each head that is not full yet.
 """
 
 import contextlib
-import fcntl
-import json
-import os
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +16,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import xxhash
 from jaxtyping import Int
 
-from kvjax import blocks, measure
+from kvjax import blocks, context_folder, disk, measure
 from kvjax.cache import KV, Layer
-from kvjax.loop import State
+from kvjax.chunk_store import Store
+from kvjax.loop import State, prefill
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.model import Model, fingerprint
 
-__all__ = ["Context", "load_context", "save_context"]
+__all__ = ["Context", "load_context", "recover_context", "save_context"]
 
-_FORMAT = 1
 _BLOCK_BYTES = 2**20 - 2**10  # of a payload, so that a block with its seal takes 1 MiB
 
 
@@ -45,10 +38,12 @@ class Context:
     Args:
         state: as it was saved.
         tokens: what had been read, [B T] with -1 for padding; None where it was not given.
+        repaired: what was damaged, where the tokens were read anew; None where nothing was.
     """
 
     state: State
     tokens: Int[np.ndarray, "B T"] | None
+    repaired: str | None = None
 
 
 def save_context(
@@ -61,6 +56,7 @@ def save_context(
     """Saves a state; one that is in the folder is replaced once this one is whole.
 
     Args:
+        folder: of a method that keeps rows on a disk, its own.
         method: that the state is of.
         tokens: what has been read, [B T], to be kept with it.
 
@@ -81,41 +77,54 @@ def save_context(
         >>> model.tokenizer.decode(logits.argmax(-1).tolist())
         '.'
     """
-    if model.mesh is not None or any(kv.tier is not None for kv in state):
-        raise ValueError('a context lies on one device, got one spread or on the host: take tier="device"')
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _check_space(folder, state)
-    with _writing(folder):
-        generation = 1 + max((int(path.name) for path in _generations(folder)), default=0)
-        parts = folder / f"{generation:08}"
-        parts.mkdir()
+    if model.mesh is not None or any(kv.tier is not None and not disk.on_disk(kv) for kv in state):
+        raise ValueError(
+            'a context lies on one device or a disk, got one spread or on the host: take tier="device"'
+        )
+    folder, own = Path(folder).resolve(), disk.Disk.of(state)
+    if own is not None and own.folder != folder:
+        raise ValueError(
+            f"rows on a disk stay in their folder, {str(own.folder)!r}, got {str(folder)!r}: save there"
+        )
+    with contextlib.nullcontext() if own else context_folder.lock(folder):
+        saved = [_saved(kv, own and own.stores.get(i)) for i, kv in enumerate(state)]
+        context_folder.check_space(folder, sum(map(_file_bytes, saved)))
+        if own:
+            own.sync()
+        parts = context_folder.new_generation(folder)
+        generation = int(parts.name)
         try:
-            saved = [_save_layer(parts / f"{i:03}.blocks", kv, generation) for i, kv in enumerate(state)]
-            _sync(parts)
             about = {
-                "format": _FORMAT, "byte_order": sys.byteorder, "model": fingerprint(model),
-                "method": repr(method), "generation": generation, "layers": saved,
+                **_identity(model, method), "generation": generation,
+                "layers": [
+                    _save_layer(parts / f"{i:03}.blocks", kv.slots, tree, generation)
+                    for i, (kv, tree) in enumerate(zip(state, saved, strict=True))
+                ],
+                "chunks": own and own.generation,
                 "tokens": None if tokens is None else np.asarray(tokens).tolist(),
             }  # fmt: skip
-            _write_manifest(folder, about)
+            context_folder.sync(parts)
+            context_folder.write_manifest(folder, about)
         except BaseException:
             shutil.rmtree(parts, ignore_errors=True)
             raise
-        for old in _generations(folder):
-            if old != parts:
-                shutil.rmtree(old)
+        context_folder.sweep(folder)
 
 
-def load_context(folder: Path | str, model: Model, method: CacheMethod) -> Context:
+def load_context(folder: Path | str, model: Model, method: CacheMethod, *, repair: bool = False) -> Context:
     """Opens a context.
 
+    Rows that lie on the disk stay there, and are checked when a step reads them.
+
     Args:
-        method: the one that it was saved with.
+        method: the one that it was saved with; how much of it lies where may differ.
+        repair: check all of it first; where a block is damaged, read the tokens anew, if they were saved, and
+            save what comes of it.
 
     Raises:
         FileNotFoundError: where there is none.
-        ValueError: for that of another model, method, format or byte order, or a damaged manifest.
+        ValueError: for that of another model, method, format or byte order, a damaged manifest, or a folder
+            that another process, or another state of a disk, uses.
         DamagedBlock: for a damaged or missing block, which it names.
 
     Example:
@@ -128,44 +137,146 @@ def load_context(folder: Path | str, model: Model, method: CacheMethod) -> Conte
         >>> kvjax.load_context(folder, model, method).tokens
         array([[5, 6, 7]], dtype=int32)
     """
-    folder = Path(folder)
-    about = _read_manifest(folder)
-    wanted = {
-        "format": _FORMAT, "byte_order": sys.byteorder, "model": fingerprint(model), "method": repr(method)
-    }  # fmt: skip
-    for name, value in wanted.items():
-        if about[name] != value:
-            raise ValueError(
-                f"a context is of one {name.replace('_', ' ')}, got {about[name]!r} in {str(folder)!r} for "
-                f"{value!r}"
-            )
-    parts = folder / f"{about['generation']:08}"
-    kinds = zip(about["layers"], per_layer(method, model.config), layers(model.config), strict=True)
-    state = tuple(
-        _load_layer(parts / f"{i:03}.blocks", saved, about["generation"], m, layer, model.dtype)
-        for i, (saved, m, layer) in enumerate(kinds)
-    )
-    tokens = about["tokens"]
-    return Context(state, None if tokens is None else np.asarray(tokens, np.int32))
+    folder = Path(folder).resolve()
+    about = context_folder.read_manifest(folder)
+    context_folder.check_identity(about, _identity(model, method), folder)
+    tokens = None if about["tokens"] is None else np.asarray(about["tokens"], np.int32)
+    try:
+        return Context(_load(folder, about, model, method, whole=repair), tokens)
+    except blocks.DamagedBlock as error:
+        if not repair or tokens is None or method.evicts:
+            raise
+        room = max(max(layer["slots"]) for layer in about["layers"]) - tokens.shape[1]
+        _, state = prefill(model, tokens, method, room=max(room, 0))
+        save_context(folder, model, method, state, tokens)
+        return Context(state, tokens, str(error))
 
 
-def _save_layer(path: Path, kv: KV, generation: int) -> dict[str, Any]:
+def recover_context(folder: Path | str, model: Model, method: CacheMethod) -> Context:
+    """Opens what is on the disk of a context whose process ended before it was saved.
+
+    Of every row it has the tokens whose chunks are whole in all layers, see `state[0].seen`: go on with
+    `prefill(..., state=state)` from there.
+
+    Args:
+        method: the one that it was made with, which keeps the rows of all layers on a disk.
+
+    Raises:
+        FileNotFoundError: where nothing is left that was not saved.
+        ValueError: as `load_context`; and for a method with layers that are not on the disk.
+    """
+    folder = Path(folder).resolve()
+    for parts in reversed(context_folder.generations(folder) if folder.is_dir() else []):
+        if (parts / "manifest.json").exists():
+            about = context_folder.read_manifest(parts)
+            context_folder.check_identity(about, _identity(model, method), folder)
+            return Context(_recovered(folder, about, model, method), None)
+    raise FileNotFoundError(f"a context has chunks on the disk, got none in {str(folder)!r}")
+
+
+def _recovered(folder: Path, about: Mapping[str, Any], model: Model, method: CacheMethod) -> State:
+    """Makes a state of whole chunks."""
+    own, state, kinds = disk.opened(folder), [], zip(*_kinds(model, method), strict=True)
+    try:
+        own.generation = about["chunks"]
+        for i, (m, layer) in enumerate(kinds):
+            kv = m.init(layer, about["batch"], about["slots"][i], model.dtype)
+            if not disk.on_disk(kv):
+                raise ValueError(
+                    f"what is recovered lies on the disk in all layers, got layer {i} elsewhere: read the "
+                    "tokens anew"
+                )
+            kv = disk.reopened(own, i, kv)
+            own.stores[i].find()
+            state.append(kv)
+        end = np.min([store.end.min(1) for store in own.stores.values()], axis=0)
+        for store in own.stores.values():
+            store.end[:] = end[:, None]
+        return tuple(
+            _rebuilt(m, kv, store)
+            for m, kv, store in zip(_kinds(model, method)[0], state, own.stores.values(), strict=True)
+        )
+    except BaseException:
+        own.close()
+        raise
+
+
+def _rebuilt(method: CacheMethod, kv: KV, store: Store) -> KV:
+    """Returns the state of a layer whose rows are in its store: slots are in order, so the rest follows."""
+    end, size = jnp.asarray(store.end, jnp.int32), max(kv.slots)
+    inside = (jnp.arange(size) < end[..., None]).reshape(len(end), -1)
+    pos = jnp.where(inside, jnp.tile(jnp.arange(size), end.shape[1]), 0).astype(kv.pos.dtype)
+    kv = kv.replace(pos=pos, mass=inside.astype(kv.mass.dtype), fill=end, seen=end[:, 0])
+    rows = jnp.asarray(store.everything())
+    store.check()
+    k, v = (rows[..., i, :].reshape(*pos.shape, -1) for i in range(2))
+    aux = method.moved(kv.replace(k=k, v=v, tier=None), None).aux
+    return kv.replace(aux=aux, tier=kv.tier.replace(first=jnp.array(end)))
+
+
+def _load(folder: Path, about: Mapping[str, Any], model: Model, method: CacheMethod, *, whole: bool) -> State:
+    """Opens every layer; whole: checks the rows on the disk as well."""
+    parts, state = folder / f"{about['generation']:08}", []
+    own = None if about["chunks"] is None else disk.opened(folder)
+    try:
+        if own:
+            own.generation = about["chunks"]
+        for i, (saved, m, layer) in enumerate(zip(about["layers"], *_kinds(model, method), strict=True)):
+            made = _shapes(m, layer, saved, model.dtype)
+            kv, *rest = _load_layer(parts / f"{i:03}.blocks", saved, about["generation"], made)
+            if rest:
+                kv = _with_rows(own, i, kv, rest, m.init(layer, len(kv.seen), kv.slots, model.dtype))
+                if whole:
+                    own.stores[i].everything()
+                    own.stores[i].check()
+            state.append(kv)
+        return tuple(state)
+    except BaseException:
+        if own:
+            own.close()
+        raise
+
+
+def _with_rows(own: disk.Disk, index: int, kv: KV, rest: Sequence, empty: KV) -> KV:
+    """Returns a layer's state with its rows, which lie on the disk."""
+    kv = disk.reopened(own, index, kv.replace(tier=empty.tier.replace(first=jnp.array(kv.fill))))
+    store = own.stores[index]
+    store.end[:], store.tail[:] = (np.asarray(x) for x in rest)
+    return kv
+
+
+def _identity(model: Model, method: CacheMethod) -> dict[str, Any]:
+    return context_folder.identity(fingerprint(model), repr(method))
+
+
+def _kinds(model: Model, method: CacheMethod) -> tuple[Sequence[CacheMethod], Sequence[Layer]]:
+    return per_layer(method, model.config), layers(model.config)
+
+
+def _saved(kv: KV, store: Store | None) -> tuple:
+    """Returns what is written of a layer: its state, or that without rows and the rows of no full chunk."""
+    return (kv,) if store is None else (kv.replace(tier=None), store.end.astype(np.int32), store.tail)
+
+
+def _file_bytes(tree: Any) -> int:
+    """Returns the bytes of the file that holds a layer."""
+    return (-(-measure.nbytes(tree) // _BLOCK_BYTES) + 1) * blocks.stride_of(_BLOCK_BYTES)
+
+
+def _save_layer(path: Path, slots: Sequence[int], tree: Any, generation: int) -> dict[str, Any]:
     """Writes one layer's arrays, one after the other, and returns what they are."""
-    arrays = [np.asarray(x) for x in jax.tree.leaves(kv)]
+    arrays = [np.asarray(x) for x in jax.tree.leaves(tree)]
     whole = b"".join(x.tobytes() for x in arrays)
     with blocks.create(path, _BLOCK_BYTES, generation) as file:
         for i, start in enumerate(range(0, len(whole), _BLOCK_BYTES)):
             file.write(i, memoryview(whole)[start : start + _BLOCK_BYTES])
         file.sync()
-    return {"slots": list(kv.slots), "leaves": [[list(x.shape), x.dtype.name] for x in arrays]}
+    return {"slots": list(slots), "leaves": [[list(x.shape), x.dtype.name] for x in arrays]}
 
 
-def _load_layer(
-    path: Path, saved: Mapping[str, Any], generation: int, method: CacheMethod, layer: Layer, dtype: Any
-) -> KV:
-    """Reads one layer."""
+def _load_layer(path: Path, saved: Mapping[str, Any], generation: int, made: Any) -> Any:
+    """Reads one layer into a tree of that structure."""
     sizes = [(tuple(shape), jnp.dtype(name)) for shape, name in saved["leaves"]]
-    template = _template(sizes, saved["slots"], method, layer, dtype)
     n_bytes = [int(np.prod(shape)) * kind.itemsize for shape, kind in sizes]
     try:
         with blocks.open_blocks(path) as file:
@@ -187,97 +298,28 @@ def _load_layer(
         jnp.asarray(np.frombuffer(whole[start : start + n], kind).reshape(shape))
         for start, n, (shape, kind) in zip(starts, n_bytes, sizes, strict=False)
     ]
-    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return jax.tree.unflatten(jax.tree.structure(made), leaves)
 
 
-def _template(
-    sizes: Sequence[tuple], slots: Sequence[int], method: CacheMethod, layer: Layer, dtype: Any
-) -> KV:
-    """Returns a state of shapes with these leaves: as it is made, or as it is once compressed.
+def _shapes(method: CacheMethod, layer: Layer, saved: Mapping[str, Any], dtype: Any) -> Any:
+    """Returns what `_saved` gives of a layer, in shapes: as it is made, or as it is once compressed.
 
     Raises:
         ValueError: where the method makes neither.
     """
+    sizes, slots = [(tuple(shape), jnp.dtype(name)) for shape, name in saved["leaves"]], tuple(saved["slots"])
     batch = sizes[0][0][0]
-    made = jax.eval_shape(lambda: method.init(layer, batch, tuple(slots), dtype))
-    q = jax.ShapeDtypeStruct((batch, method.n_queries, layer.n_kv_heads, layer.group, layer.head_dim), dtype)
-    pos = jax.ShapeDtypeStruct((batch, method.n_queries), jnp.int32)
-    for kv in (made, jax.eval_shape(method.compress, made, q, pos)):
-        if [(x.shape, x.dtype) for x in jax.tree.leaves(kv)] == list(sizes):
-            return kv
+    made = jax.eval_shape(lambda: method.init(layer, batch, slots, dtype))
+    if disk.on_disk(made):
+        at = disk.layout_of(made)
+        number = lambda *shape, kind: jax.ShapeDtypeStruct((batch, at.n_heads, *shape), kind)  # noqa: E731
+        found = [(made.replace(tier=None), number(kind=jnp.int32), number(*at.rows, kind=dtype))]
+    else:
+        queries = (batch, method.n_queries, layer.n_kv_heads, layer.group, layer.head_dim)
+        pos = jax.ShapeDtypeStruct(queries[:2], jnp.int32)
+        q = jax.ShapeDtypeStruct(queries, dtype)
+        found = [(made,), (jax.eval_shape(method.compress, made, q, pos),)]
+    for tree in found:
+        if [(x.shape, x.dtype) for x in jax.tree.leaves(tree)] == sizes:
+            return tree
     raise ValueError(f"a context has the arrays that its method makes, got others than those of {method}")
-
-
-def _check_space(folder: Path, state: State) -> None:
-    """Raises OSError where the disk has too little room."""
-    stride = blocks.stride_of(_BLOCK_BYTES)
-    needed = sum((-(-measure.nbytes(kv) // _BLOCK_BYTES) + 1) * stride for kv in state)
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"a context of {needed / 2**20:.0f} MiB fits its disk, got {free / 2**20:.0f} MiB free for "
-            f"{str(folder)!r}: make room, or take another disk"
-        )
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to a folder."""
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"one process writes to a folder, got another in {str(folder)!r}") from error
-        yield
-
-
-def _generations(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
-
-
-def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Replaces the manifest; a reader sees the old one or the new one."""
-    new = folder / "manifest.new"
-    with open(new, "w", encoding="utf-8") as file:
-        json.dump({"about": about, "xxh3": _digest(about)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, folder / "manifest.json")
-    _sync(folder)
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """Returns what the manifest says.
-
-    Raises:
-        FileNotFoundError: where there is none.
-        ValueError: where it is not what was written.
-    """
-    path = folder / "manifest.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        about = found["about"]
-        if found["xxh3"] != _digest(about):
-            raise ValueError("its checksum is another")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"a context is a folder of save_context, got none in {str(folder)!r}"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"a manifest is as it was written, got {str(path)!r} ({error}): it is damaged"
-        ) from error
-    return about
-
-
-def _digest(about: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_64_hexdigest(json.dumps(about, sort_keys=True).encode())
-
-
-def _sync(folder: Path) -> None:
-    """Waits until a folder's names are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

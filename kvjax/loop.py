@@ -15,12 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache, sharding, tiers
+from kvjax import cache, context_folder, disk, sharding, tiers
 from kvjax.cache import KV, Layer
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.methods.full import Full
-from kvjax.model import Model
+from kvjax.model import Model, fingerprint
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.sampling import Limits, Sampling, sample
@@ -96,9 +96,12 @@ def init_state(model: Model, method: CacheMethod, batch: int, total: int, prompt
         slots = tuple(max(s, prompt) for s in m.slots(layer, total)) if m.evicts else m.slots(layer, total)
         sharding.check(model.mesh, m, slots)
         makers.append(functools.partial(_init, m, layer, batch, slots, model.dtype, model.mesh))
-    if any(m.tier == "host" for m in per_layer(method, model.config)):
+    if any(m.tier != "device" for m in per_layer(method, model.config)):
         tiers.check_memory([jax.eval_shape(make) for make in makers])
-    return tuple(make() for make in makers)
+    state = tuple(make() for make in makers)
+    if not any(map(disk.on_disk, state)):
+        return state
+    return disk.attach(state, method.folder, context_folder.identity(fingerprint(model), repr(method)))
 
 
 def _init(
@@ -206,6 +209,8 @@ def read(
 
 def settle(state: State, room: int = tiers.STEPS) -> State:
     """Moves to the host what programs have staged; the next one may stage `room` tokens."""
+    for kv in filter(disk.on_disk, state):
+        disk.append(kv)
     flushed = (kv if kv.tier is None else _flush(kv) for kv in state)
     return tuple(kv if kv.tier is None else kv.replace(tier=tiers.resize(kv.tier, room)) for kv in flushed)
 
@@ -356,6 +361,7 @@ def decode_step(
         >>> model.tokenizer.decode(logits.argmax(-1).tolist())
         '.'
     """
+    disk.check(state)
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
     logits, state = _step(model.variables, ids, pos, state, program=Program.of(model, method))
@@ -412,6 +418,7 @@ def _decode_parts(
     stop: Sequence[int],
 ) -> tuple:
     """Decodes by programs of as many steps as are staged, and moves their rows to the host in between."""
+    disk.check(state)
     tokens, kept, ended = [], [], np.zeros((len(forced), 1), bool)
     for start in range(0, forced.shape[1], tiers.STEPS):
         part = np.where(ended, -2, forced[:, start : start + tiers.STEPS])

@@ -54,7 +54,8 @@ class CacheMethod(abc.ABC):
     evicts: ClassVar[bool] = False  # compress removes or moves slots
     n_free: ClassVar[int] = 1  # slots of a budget that compress leaves free, at most
     couples_heads: ClassVar[bool] = False  # a verb looks at several KV heads of a layer together
-    tier: ClassVar[str] = "device"  # where K and V lie; "host" is for those whose slots are one token each
+    tier: ClassVar[str] = "device"  # where K and V lie; others than this are for slots of one token each
+    folder: ClassVar[str | None] = None  # of the tier "disk"
     budget: Budget | None
 
     @property

@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax import storage
+from kvjax import disk, storage
 from kvjax.shapes import Leaf
 from pallas_kernels import Codes, assign_lines, fetch_rows, stow_rows
 from pallas_kernels.attention import starts
@@ -30,11 +30,12 @@ from pallas_kernels.backend import debug_check, target
 from pallas_kernels.host import Blocks, as_rows, empty_pages, pairs, unpaired
 
 __all__ = [
-    "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "flush", "hit_rate", "resize",
+    "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "expect", "flush", "hit_rate", "resize",
     "stage", "whole",
 ]  # fmt: skip
 
 STEPS = 64  # decode steps whose rows are staged before they are flushed
+_AT_ONCE = 512  # blocks that a program asks a disk for at once
 
 
 @dataclass(frozen=True)
@@ -46,19 +47,21 @@ class Host:
         block: slots that a line holds.
         bits: 8 stores codes with a scale per row, None the rows as they are.
         keep: whether lines outlive a step, so that the next one need not bring them again.
+        remote: how rows lie on a disk, of which the host holds a part; None for all on the host.
     """
 
     lines: int
     block: int = 1
     bits: int | None = None
     keep: bool = True
+    remote: disk.Remote | None = None
 
 
 @struct.dataclass
 class Tier:
     """A layer's rows on the host, and what the device holds of them: [K] heads of C lines of P slots."""
 
-    far: Leaf  # [B 2R D] on the host, the key of each slot and its value; pairs, or pages, of such rows
+    far: Leaf  # [B 2R D] on the host, the key of each slot and its value; pairs, or pages, of them; or Remote
     k: Leaf  # [B Q D] lines of keys, Q = K·C·P
     v: Leaf  # [B Q D] lines of values
     new_k: Leaf  # [B K W D] staged keys
@@ -99,6 +102,8 @@ def _both(slots: Sequence[int]) -> tuple[int, ...]:
 
 def _place(batch: int, slots: Sequence[int], head_dim: int, dtype: Any, how: Host) -> Any:
     """Makes keys and values in host memory; `pairs` of codes have their scales on the device."""
+    if how.remote is not None:
+        return how.remote
     host = jax.memory.Space.Host
     if target().platform == "tpu":
         if how.bits is not None:
@@ -157,8 +162,11 @@ def bring(
         there = jnp.take_along_axis(tier.held, jnp.maximum(place, 0), axis=2) == idx
         partly = (idx + 1) * tier.block > tier.first[..., None]
         lists = _listed(jnp.where(asked & (partly | ~there), idx, -1), place, most)
-    staged = (tier.new_k, tier.new_v)
-    k, v = fetch_rows((tier.k, tier.v), tier.far, staged, *lists, tier.first, blocks=blocks)
+    if isinstance(tier.far, disk.Remote):
+        k, v = _read(tier, *lists)
+    else:
+        staged = (tier.new_k, tier.new_v)
+        k, v = fetch_rows((tier.k, tier.v), tier.far, staged, *lists, tier.first, blocks=blocks)
     tier = tier.replace(
         k=k,
         v=v,
@@ -169,6 +177,52 @@ def bring(
         missed=tier.missed + crossed.sum(-1, dtype=jnp.int32),
     )
     return tier, place
+
+
+def _read(tier: Tier, idx: Int[Array, "B K N"], line: Int[Array, "B K N"]) -> tuple[Array, Array]:
+    """Returns the lines with blocks idx from a disk and from what is staged, some of them at a time."""
+    batch, n_heads, n = idx.shape
+    size, n_lines = tier.k.shape[2], tier.k.shape[1] // (n_heads * tier.block)
+    total = idx.size
+    at = min(_AT_ONCE, total)
+    rank = jnp.where(idx >= 0, jnp.cumsum((idx >= 0).reshape(-1)).reshape(idx.shape) - 1, total)
+    entry = jnp.full(-(-total // at) * at, -1, jnp.int32)
+    entry = entry.at[rank.reshape(-1)].set(jnp.arange(total, dtype=jnp.int32), mode="drop")
+    count = (idx >= 0).sum()
+
+    def bring(carry: tuple) -> tuple:
+        i, k, v = carry
+        some = jax.lax.dynamic_slice(entry, (i * at,), (at,))
+        b, h = jnp.maximum(some, 0) // (n_heads * n), jnp.maximum(some, 0) // n % n_heads
+        block = jnp.where(some >= 0, idx.reshape(-1)[some], -1)
+        slot = block[:, None] * tier.block + jnp.arange(tier.block)
+        first = tier.first[b, h][:, None]
+        asked = jnp.where(slot[:, 0] < first[:, 0], block, -1)
+        far = disk.fetch(tier.far, b, h, asked, (tier.block, 2, size), tier.k.dtype)
+        row = jnp.clip(slot - first, 0, tier.new_k.shape[2] - 1)
+        to = jnp.where(some >= 0, line.reshape(-1)[some], n_lines)
+
+        def put(lines: Array, x: Array, new: Array) -> Array:
+            x = jnp.where((slot < first)[..., None], x, new[b[:, None], h[:, None], row])
+            lines = lines.reshape(batch, n_heads, n_lines, tier.block, size)
+            return lines.at[b, h, to].set(x, mode="drop").reshape(batch, -1, size)
+
+        return i + 1, put(k, far[:, :, 0], tier.new_k), put(v, far[:, :, 1], tier.new_v)
+
+    return jax.lax.while_loop(lambda carry: carry[0] * at < count, bring, (jnp.int32(0), tier.k, tier.v))[1:]
+
+
+def expect(tier: Tier, idx: Int[Array, "B K N"] | None, slots: tuple[int, ...]) -> Float[Array, ""]:
+    """Has blocks that no line holds read from the disk into host memory; -1 is none, None is all.
+
+    Returns: 0, once reading has begun: what asks for the blocks is to depend on it.
+    """
+    if idx is None:
+        return disk.expect(tier.far, None, tier.block)
+    counts = Blocks(slots, tier.block).counts
+    first = starts(counts)[:-1, None]
+    line = tier.line[jnp.arange(len(idx))[:, None, None], jnp.maximum(idx, 0) + first]
+    return disk.expect(tier.far, jnp.where((idx >= 0) & (line < 0), idx, -1), tier.block)
 
 
 def _listed(copied: Int[Array, "B K N"], line: Int[Array, "B K N"], n: int) -> list[Array]:
@@ -184,6 +238,10 @@ def whole(tier: Tier, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ..
     slot = tier.first[..., None] + jnp.arange(tier.new_k.shape[2])
     row = jnp.where(slot < jnp.asarray(slots)[:, None], starts(slots)[:-1, None] + slot, sum(slots))
     b, new = jnp.arange(len(slot))[:, None, None], (tier.new_k, tier.new_v)
+    if isinstance(tier.far, disk.Remote):
+        shape = (len(slot), len(slots), max(slots), 2, new[0].shape[3])
+        here = disk.everything(tier.far, shape, new[0].dtype, new[0]).reshape(len(slot), -1, *shape[3:])
+        return tuple(here[:, :, i].at[b, row].set(x, mode="drop") for i, x in enumerate(new))
     # After this layer's rows are known, and not for all layers when the program begins.
     far, _ = jax.lax.optimization_barrier((tier.far, new))
     here = jax.device_put(far, jax.memory.Space.Device)
@@ -198,7 +256,8 @@ def flush(tier: Tier, end: Int[Array, "B K"], slots: tuple[int, ...]) -> Tier:
     Args:
         end: slots in use of each head.
     """
-    tier = tier.replace(far=_written(tier, end, slots))
+    if not isinstance(tier.far, disk.Remote):
+        tier = tier.replace(far=_written(tier, end, slots))
     return (tier if tier.block == 1 else _sealed(tier, slots)).replace(first=end)
 
 
@@ -249,9 +308,10 @@ def check_memory(state: Any) -> None:
 
     state: shapes of the layers.
     """
-    stores = [kv.tier.far for kv in state if kv.tier is not None]
+    stores = [kv.tier.far for kv in state if kv.tier is not None and not disk.on_disk(kv)]
     rows = jax.tree.leaves([store.codes if isinstance(store, Codes) else store for store in stores])
     needed, here = sum(x.size * x.dtype.itemsize for x in rows), _here()
+    needed += sum(disk.pool_bytes(kv) for kv in state if disk.on_disk(kv))
     free = _free(here)
     if free is not None and needed > free:
         raise MemoryError(

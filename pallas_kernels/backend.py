@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.experimental import checkify, topologies
+from jax.experimental import checkify, io_callback, topologies
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 __all__ = [
     "Target",
     "aim",
+    "call_host",
     "checked",
     "compile_only",
     "debug_check",
@@ -156,6 +157,14 @@ def tpu_call(
         return pl.pallas_call(kernel, interpret=races, **options)(*operands)
     params = pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes)
     return pl.pallas_call(kernel, compiler_params=params, **options)(*operands)
+
+
+def call_host(fn: Callable[..., Any], result: Any, *args: Any) -> Any:
+    """Calls a Python function from a program, each time that it runs, and returns its arrays on the device.
+
+    fn takes NumPy-like arrays and must not use JAX. result: shapes and types.
+    """
+    return io_callback(fn, result, *args, ordered=False)
 
 
 def in_hbm(x: jax.Array) -> jax.Array:

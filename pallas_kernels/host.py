@@ -1,6 +1,7 @@
 """Lays rows out in host memory, and reads them there by XLA alone."""
 
 import math
+import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +14,8 @@ from jaxtyping import Array, Int, Shaped
 from pallas_kernels.attention import Codes, decode_codes, starts
 
 __all__ = [
-    "RUN", "Blocks", "Pages", "as_pages", "as_rows", "empty_pages", "on_host", "pack", "pairs", "take_rows",
-    "unpack", "unpaired",
+    "RUN", "Blocks", "Pages", "as_pages", "as_rows", "empty_pages", "on_host", "pack", "pairs", "pinned",
+    "take_rows", "unpack", "unpaired",
 ]  # fmt: skip
 
 RUN = 32  # rows in a tile of the smallest type: what a TPU reads and writes as a whole
@@ -44,6 +45,24 @@ def on_host(*trees: object) -> bool:
     """
     spaces = (jax.typeof(x).memory_space for x in jax.tree.leaves(trees))
     return jax.memory.Space.Host in spaces
+
+
+def pinned(n_bytes: int) -> np.ndarray | None:
+    """Returns bytes of host memory that a GPU copies from at the full rate of its bus; None without a GPU.
+
+    They are a JAX array that no program is given, so they may be written to.
+    """
+    if jax.default_backend() != "gpu":
+        return None
+    memory = jax.device_put(np.zeros(n_bytes, np.uint8), jax.memory.Space.Host)
+    held = types.SimpleNamespace(
+        memory=memory,  # lives as long as what is made of it
+        __array_interface__={
+            "data": (memory.unsafe_buffer_pointer(), False), "shape": (n_bytes,), "typestr": "|u1",
+            "version": 3,
+        },
+    )  # fmt: skip
+    return np.asarray(held)
 
 
 def pairs(store: Codes) -> Codes:

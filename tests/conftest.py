@@ -39,7 +39,13 @@ def _bounded_programs(request):
 
 _COMPILE_MUCH = ("kernels", "laws", "unit")  # and compute little
 # These look at programs, or compare bits.
-_AS_EVER = ("test_memory.py", "test_prefill_attention.py", "test_sharding.py", "test_tiers.py")
+_AS_EVER = (
+    "test_disk.py",
+    "test_memory.py",
+    "test_prefill_attention.py",
+    "test_sharding.py",
+    "test_tiers.py",
+)
 
 
 @pytest.fixture(autouse=True)

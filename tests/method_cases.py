@@ -11,7 +11,10 @@ from kvjax.model import Model
 from kvjax.models.config import ModelConfig, RopeConfig
 
 BUDGET, PROMPT, NEW = 48, 90, 12
-CHUNKS = {"chelsea": {"chunk": 16}}
+CHUNKS = {
+    "chelsea": {"chunk": 16},
+    "leoam": {"topk": BUDGET, "leaf": 4, "root": 16, "window": 8, "n_sinks": 4},
+}
 
 
 def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
@@ -76,6 +79,7 @@ CASES |= {
         make("chelsea", **settings("chelsea")), make("quest", budget=32, dense_layers=0)
     ),
     "a2ats, host": make("a2ats", **settings("a2ats"), tier="host"),
+    "leoam, host": make("leoam", **settings("leoam"), tier="host"),
     "quest+kivi8": kvjax.chain(make("quest", budget=32, dense_layers=0), make("kivi", bits=8)),
 }
 EVICTS = [name for name, m in CASES.items() if m.evicts]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache
+from kvjax import cache, disk, tiers
 from kvjax.attend import attend, held
 from kvjax.cache import KV
 from kvjax.method import CacheMethod
@@ -136,17 +136,23 @@ class Attention(nn.Module):
         """Returns the attention output, the new state, and what was attended with."""
         c = self.config
         batch, length, _ = x.shape
-        q = Linear(c.n_heads * c.head_dim, c.qkv_bias, name="q")(x)
+        q = _queries(c, x)
         k = Linear(c.n_kv_heads * c.head_dim, c.qkv_bias, name="k")(x)
         v = Linear(c.n_kv_heads * c.head_dim, c.qkv_bias, name="v")(x)
-        q = q.reshape(batch, length, c.n_kv_heads, c.group, c.head_dim)
         k, v = (y.reshape(batch, length, c.n_kv_heads, c.head_dim) for y in (k, v))
         if c.qk_norm:
-            q, k = Norm(c.norm_eps, name="q_norm")(q), Norm(c.norm_eps, name="k_norm")(k)
+            k = Norm(c.norm_eps, name="k_norm")(k)
         step = functools.partial(_attend_layer, compress=compress)
         kv, out = over_heads(self.mesh, step, method, kv, q, k, v, pos)
         out = Linear(c.width, c.o_bias, name="o")(out.reshape(batch, length, c.n_heads * c.head_dim))
         return out, kv, Record(q, k, v)
+
+
+def _queries(c: ModelConfig, x: Float[Array, "B T M"]) -> Queries:
+    """Returns the queries of an attention module, within which it is called."""
+    q = Linear(c.n_heads * c.head_dim, c.qkv_bias, name="q")(x)
+    q = q.reshape(*x.shape[:2], c.n_kv_heads, c.group, c.head_dim)
+    return Norm(c.norm_eps, name="q_norm")(q) if c.qk_norm else q
 
 
 def _attend_layer(
@@ -196,6 +202,28 @@ class Block(nn.Module):
         return x + (Norm(c.norm_eps, name="post_ffn_norm")(y) if c.post_norms else y), kv, record
 
 
+class Ask(nn.Module):
+    """Computes the queries alone, with the parameters of an `Attention`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T M"]) -> Queries:
+        """Returns them un-rotated."""
+        return _queries(self.config, x)
+
+
+class Foresight(nn.Module):
+    """Guesses the queries of a layer from the input of the one before, with the parameters of a `Block`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T M"]) -> Queries:
+        """Returns them un-rotated."""
+        return Ask(self.config, name="attn")(Norm(self.config.norm_eps, name="attn_norm")(x))
+
+
 class Decoder(nn.Module):
     """The whole model. All settings beside arrays are static."""
 
@@ -230,6 +258,8 @@ class Decoder(nn.Module):
         x = table[jnp.maximum(ids, 0)] * jnp.asarray(c.embed_scale, self.dtype)
         new_state, records = [], []
         for i in range(c.n_layers):
+            if i + 1 < c.n_layers and x.shape[1] == 1 and disk.reads_ahead(state[i + 1]):
+                x = self._foresee(i + 1, x, pos, state[i + 1], methods[i + 1])
             x, kv, record = Block(c, self.mesh, name=f"layer_{i}")(x, pos, state[i], methods[i], compress)
             new_state.append(kv)
             records.append(record)
@@ -239,6 +269,17 @@ class Decoder(nn.Module):
         if c.final_softcap is not None:
             logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
         return logits, tuple(new_state), tuple(records)
+
+    def _foresee(self, index: int, x: Array, pos: Positions, kv: KV, method: CacheMethod) -> Array:
+        """Has read what the next layer may ask its disk for: what it selects given this layer's input, x.
+
+        Returns: x, for what follows.
+        """
+        layer = {kind: tree.get(f"layer_{index}", {}) for kind, tree in self.variables.items()}
+        q = Foresight(self.config, parent=None).apply(layer, x)
+        selection = method.select(kv, q, pos)
+        idx = None if selection is None else jnp.where((pos >= 0)[..., None], selection.idx, -1)
+        return x + tiers.expect(kv.tier, idx, kv.slots).astype(x.dtype)  # 0, which no compiler knows
 
 
 class Embed(nn.Module):

@@ -3,7 +3,8 @@ import io
 import pytest
 
 import kvjax
-from kvjax import budgets, cli, cli_calibrate
+from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor
+from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
 
 
@@ -117,3 +118,37 @@ def test_lists_name_all_methods_and_models(capsys):
     assert cli.main(["models"]) == 0
     listed = capsys.readouterr().out
     assert all(name in listed for name in cli.MODELS)
+
+
+def test_doctor_tells_the_machine_and_its_rates(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bandwidths.timing, "_SPAN_S", 0.001)
+    assert cli.main(["doctor", "--disk", str(tmp_path), "--bytes", "300000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("  ")[0]: line for line in lines}
+    assert list(rows) == [
+        *("JAX", "backend", "device", "memory", "kernels", "device copy", "to device", "from device"),
+        *("disk write", "disk read", "page cache"),
+    ]
+    assert all("GB/s" in rows[name] for name in rows if name.split()[0] in ("to", "from", "disk"))
+    assert "passed by" in rows["page cache"]
+    assert not list(tmp_path.iterdir())
+    assert cli.main(["doctor", "--bytes", "300000"]) == 0
+    assert "name a folder with --disk" in capsys.readouterr().out
+    assert cli.main(["doctor", "--disk", str(tmp_path / "none"), "--bytes", "300000"]) == 2
+    assert "take another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("at", "back_end", "ops"),
+    [
+        (Target("cpu", "some"), "reference (XLA)", "all"),
+        (Target("gpu", "H100", capability=(9, 0)), "gpu (Pallas Triton)", ""),
+        (Target("gpu", "T4", capability=(7, 5)), "reference (XLA)", "all"),
+        (Target("tpu", "v5e"), "tpu (Pallas Mosaic)", "stow_rows by the reference"),
+    ],
+)
+def test_doctor_tells_which_kernels_run(at, back_end, ops):
+    with aim(at):
+        found, which = cli_doctor._kernels()
+    assert found == back_end
+    assert ops in which

@@ -16,7 +16,7 @@ from hypothesis import given
 from method_cases import CASES, MODELS
 
 import kvjax
-from kvjax import blocks, contexts
+from kvjax import blocks, context_folder, contexts
 from kvjax.blocks import DamagedBlock
 from kvjax.contexts import load_context, save_context
 
@@ -139,11 +139,13 @@ def test_what_belongs_to_others_is_refused(saved, state, tmp_path):
         load_context(tmp_path, MODEL, FULL)
     for name in ("format", "byte_order"):
         about = json.loads((saved / "manifest.json").read_text())["about"]
-        contexts._write_manifest(tmp_path, about | {name: "other"})
+        context_folder.write_manifest(tmp_path, about | {name: "other"})
         with pytest.raises(ValueError, match=f"a context is of one {name.replace('_', ' ')}"):
             load_context(tmp_path, MODEL, FULL)
     about["layers"][0]["leaves"][0][1] = "float16"
-    contexts._write_manifest(tmp_path, about | {"format": 1, "byte_order": sys.byteorder})
+    context_folder.write_manifest(
+        tmp_path, about | {"format": context_folder._FORMAT, "byte_order": sys.byteorder}
+    )
     with pytest.raises(ValueError, match="the arrays that its method makes"):
         load_context(tmp_path, MODEL, FULL)
     hosted = CASES["a2ats, host"]
@@ -178,7 +180,7 @@ def test_a_full_disk_leaves_the_old_context(state, saved, tmp_path, monkeypatch,
         save_context(folder, MODEL, FULL, read(FULL, IDS[:, ::-1].copy())[1])
     monkeypatch.undo()
     assert same(load_context(folder, MODEL, FULL).state, state)
-    assert [path.name for path in contexts._generations(folder)] == ["00000001"]
+    assert [path.name for path in context_folder.generations(folder)] == ["00000001"]
 
 
 def test_too_small_a_disk_is_told_before_anything_is_written(state, tmp_path, monkeypatch):
@@ -186,7 +188,7 @@ def test_too_small_a_disk_is_told_before_anything_is_written(state, tmp_path, mo
     monkeypatch.setattr(contexts.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match="fits its disk"):
         save_context(tmp_path, MODEL, FULL, state)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
 def test_a_writer_that_is_killed_leaves_the_old_context_or_the_new(tmp_path):

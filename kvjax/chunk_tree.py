@@ -1,0 +1,244 @@
+"""Keeps abstracts of a layer's keys in a tree of two levels of chunks.
+
+    leaf    neighbouring slots of a head, in `pairs` parts; a part has a box, the smallest and the largest of
+            its keys per channel, or with `points` their mean
+    root    neighbouring leaves; its box is the smallest and the largest of what its leaves' parts have
+
+A box bounds the products of its keys with any query, and a root's box those of its leaves' parts, be they
+boxes or means. A part without keys has inf for a mean, and a box of low = inf > high = -inf.
+
+Source: LeoAM (arXiv 2506.20187), a light abstract of each chunk and chunks of several sizes in a tree. The
+paper gives no formulas: boxes are those of Quest (arXiv 2406.10774); parts and means are ours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax import cache
+from kvjax.shapes import Leaf, Rows
+from pallas_kernels import block_bounds
+
+__all__ = ["Shape", "Tree", "build", "empty", "refresh"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the slots of a head lie in a tree.
+
+    Args:
+        leaf: slots of a leaf.
+        root: slots of a root, None for no roots: all leaves are evaluated.
+        pairs: parts of a leaf, each with a box.
+        points: parts have the mean of their keys instead of a box.
+
+    Raises:
+        ValueError: where parts do not divide a leaf, or leaves a root.
+    """
+
+    leaf: int = 16
+    root: int | None = 128
+    pairs: int = 1
+    points: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.leaf, self.pairs) < 1 or self.leaf % self.pairs:
+            raise ValueError(f"a leaf is `pairs` equal parts, got leaf={self.leaf}, pairs={self.pairs}")
+        if self.root is not None and (self.root < self.leaf or self.root % self.leaf):
+            raise ValueError(
+                f"a root is one or more whole leaves, got root={self.root}, leaf={self.leaf}: "
+                "take a multiple, or None"
+            )
+
+    @property
+    def box(self) -> int:
+        """Slots of a part."""
+        return self.leaf // self.pairs
+
+    @property
+    def children(self) -> int:
+        """Leaves of a root."""
+        return 1 if self.root is None else self.root // self.leaf
+
+    def n_leaves(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Returns how many leaves each head has."""
+        return tuple(-(-s // self.leaf) for s in slots)
+
+    def n_parts(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Returns how many parts each head has."""
+        return tuple(n * self.pairs for n in self.n_leaves(slots))
+
+    def n_roots(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Returns how many roots each head has, 0 without roots."""
+        return tuple(0 if self.root is None else -(-s // self.root) for s in slots)
+
+
+@struct.dataclass
+class Tree:
+    """Parts and roots of a layer's chunks, head after head; N leaves and M roots of a head."""
+
+    low: Leaf  # [B ΣN·pairs D] smallest key of each part, or the mean of its keys
+    high: Leaf  # [B ΣN·pairs D] largest key; None where `low` has means
+    root_low: Leaf  # [B ΣM D]
+    root_high: Leaf  # [B ΣM D]
+
+
+def empty(batch: int, head_dim: int, dtype: Any, slots: Sequence[int], shape: Shape) -> Tree:
+    """Returns the tree of slots without tokens."""
+    parts, roots = sum(shape.n_parts(slots)), sum(shape.n_roots(slots))
+    full = lambda n, value: jnp.full((batch, n, head_dim), value, dtype)  # noqa: E731
+    high = None if shape.points else full(parts, -jnp.inf)
+    return Tree(full(parts, jnp.inf), high, full(roots, jnp.inf), full(roots, -jnp.inf))
+
+
+def build(keys: Rows, mass: Float[Array, "B R"], slots: tuple[int, ...], shape: Shape) -> Tree:
+    """Returns the tree of the keys that slots hold; those of mass 0 do not count.
+
+    Args:
+        keys: as queries will meet them (rotated).
+
+    Cost: reads B·R·D elements, writes 2·pairs/leaf + 2/root of them.
+
+    Example:
+        >>> keys, shape = jnp.arange(8.0).reshape(1, 8, 1), Shape(leaf=2, root=4)
+        >>> tree = build(keys, jnp.ones((1, 8)), (8,), shape)
+        >>> tree.high[0, :, 0].tolist(), tree.root_low[0, :, 0].tolist()
+        ([1.0, 3.0, 5.0, 7.0], [0.0, 4.0])
+    """
+    if shape.points:
+        low, high = _means(keys, mass, slots, shape), None
+    else:
+        bounds = block_bounds(keys, mass, slots=slots, block=shape.box)
+        low, high = (
+            _whole(x, value, slots, shape) for x, value in zip(bounds, (jnp.inf, -jnp.inf), strict=True)
+        )
+    tree = Tree(low, high, low[:, :0], low[:, :0])
+    if shape.root is None:
+        return tree
+    heads = []
+    for run in cache.runs(shape.n_parts(slots)):
+        n = -(-run.size // (shape.children * shape.pairs))
+        every = jnp.broadcast_to(jnp.arange(n), (len(keys), run.n, n))
+        heads.append([x.reshape(len(keys), -1, x.shape[-1]) for x in _root_boxes(tree, every, run, shape)])
+    root_low, root_high = (jnp.concatenate(x, axis=1) for x in zip(*heads, strict=True))
+    return tree.replace(root_low=root_low, root_high=root_high)
+
+
+def _whole(x: Array, value: float, slots: tuple[int, ...], shape: Shape) -> Array:
+    """Gives the last leaf of each head all of its parts, those beyond the slots without keys."""
+    counts, parts = tuple(-(-s // shape.box) for s in slots), shape.n_parts(slots)
+    if counts == parts:
+        return x
+    heads = []
+    for run in cache.runs(counts, parts):
+        room = ((0, 0), (0, 0), (0, parts[run.head] - run.size), (0, 0))
+        heads.append(jnp.pad(cache.view(x, run), room, constant_values=value))
+    return jnp.concatenate([h.reshape(len(x), -1, x.shape[-1]) for h in heads], axis=1)
+
+
+def _means(keys: Rows, mass: Float[Array, "B R"], slots: tuple[int, ...], shape: Shape) -> Array:
+    """Returns the mean key of each part, inf for none."""
+    heads = []
+    for run in cache.runs(slots):
+        room = -run.size % shape.leaf
+        key = jnp.pad(cache.view(keys, run), ((0, 0), (0, 0), (0, room), (0, 0))).astype(jnp.float32)
+        alive = jnp.pad(cache.view(mass, run), ((0, 0), (0, 0), (0, room))) > 0
+        parts = (len(keys), -1, shape.box)
+        key, alive = key.reshape(*parts, key.shape[-1]), alive.reshape(*parts, 1)
+        n = alive.sum(2)
+        mean = jnp.where(alive, key, 0.0).sum(2) / jnp.maximum(n, 1)
+        heads.append(jnp.where(n > 0, mean, jnp.inf))
+    return jnp.concatenate(heads, axis=1).astype(keys.dtype)
+
+
+def refresh(
+    tree: Tree, keys: Float[Array, "B K T D"], idx: Int[Array, "B K T"], mass: Float[Array, "B R"],
+    slots: tuple[int, ...], shape: Shape,
+) -> Tree:  # fmt: skip
+    """Returns the tree after new keys came to neighbouring slots that were free, without reading others.
+
+    Args:
+        keys: as queries will meet them (rotated).
+        idx: the packed row of each key; R = none.
+        mass: of all slots, the new ones included.
+
+    Cost: a part and a root are read and written per token, for a root all of its parts are read.
+    """
+    here = idx < mass.shape[1]
+    slot = jnp.where(here, idx - jnp.asarray(cache.starts(slots))[:, None], 0)  # [B K T]
+    starts = jnp.asarray(cache.starts(shape.n_parts(slots)))[:, None]
+    part = jnp.where(here, slot // shape.box + starts, tree.low.shape[1])
+    b = jnp.arange(len(idx))[:, None, None]
+    if shape.points:
+        tree = tree.replace(low=_moved_means(tree.low, keys, (idx, slot, part), mass, (slots, shape)))
+    else:
+        low = tree.low.at[b, part].min(keys.astype(tree.low.dtype), mode="drop")
+        high = tree.high.at[b, part].max(keys.astype(tree.high.dtype), mode="drop")
+        tree = tree.replace(low=low, high=high)
+    return tree if shape.root is None else _with_roots(tree, here, slot, slots, shape)
+
+
+def _moved_means(
+    means: Array, keys: Array, at: tuple[Array, Array, Array], mass: Array, how: tuple[tuple[int, ...], Shape]
+) -> Array:
+    """Adds keys to the means of their parts.
+
+    at: packed row, slot of the head, and part of each key.
+    """
+    (idx, slot, part), (slots, shape) = at, how
+    size, offset = shape.box, (slot % shape.box)[..., None]
+    rows = (idx[..., None] - offset) + jnp.arange(size)  # [B K T P], those of the part
+    inside = (slot[..., None] - offset) + jnp.arange(size) < jnp.asarray(slots)[:, None, None]
+    rows = jnp.where(inside & (part < means.shape[1])[..., None], rows, -1)
+    n = (cache.take(mass, rows.reshape(len(rows), -1)).reshape(rows.shape) > 0).sum(-1, keepdims=True)
+    b = jnp.arange(len(idx))[:, None, None]
+    old = means[b, jnp.minimum(part, means.shape[1] - 1)].astype(jnp.float32)
+    old = jnp.where(old == jnp.inf, 0.0, old)
+    step = (keys.astype(jnp.float32) - old) / jnp.maximum(n, 1)
+    wide = means if idx.shape[2] == 1 else means.astype(jnp.float32)
+    if idx.shape[2] == 1:
+        return wide.at[b, part].set((old + step).astype(means.dtype), mode="drop")
+    return wide.at[b, part].set(old, mode="drop").at[b, part].add(step, mode="drop").astype(means.dtype)
+
+
+def _with_roots(
+    tree: Tree, here: Bool[Array, "B K T"], slot: Array, slots: tuple[int, ...], shape: Shape
+) -> Tree:
+    """Makes the boxes of the written roots anew, from those of their parts."""
+    first = jnp.where(here, slot, max(slots)).min(2, keepdims=True)  # [B K 1]
+    last = jnp.where(here, slot, -1).max(2, keepdims=True) // shape.root
+    n = (slot.shape[2] + shape.root - 2) // shape.root + 1  # neighbouring slots touch no more
+    root = first // shape.root + jnp.arange(n)
+    low, high, row = tree.root_low, tree.root_high, 0
+    n_roots, b = shape.n_roots(slots), jnp.arange(len(slot))[:, None, None]
+    for run in cache.runs(shape.n_parts(slots)):
+        heads, size = slice(run.head, run.head + run.n), n_roots[run.head]
+        mine = root[:, heads]
+        boxes = _root_boxes(tree, jnp.minimum(mine, size - 1), run, shape)
+        place = mine + row + jnp.arange(run.n)[:, None] * size
+        place = jnp.where((mine < size) & (mine <= last[:, heads]), place, low.shape[1])
+        low, high = (x.at[b, place].set(y, mode="drop") for x, y in zip((low, high), boxes, strict=True))
+        row += run.n * size
+    return tree.replace(root_low=low, root_high=high)
+
+
+def _root_boxes(tree: Tree, root: Int[Array, "B n M"], run: cache.Run, shape: Shape) -> tuple[Array, Array]:
+    """Returns the boxes [B n M D] of roots of a run's heads.
+
+    run: of parts.
+    """
+    part = root[..., None] * (shape.children * shape.pairs) + jnp.arange(shape.children * shape.pairs)
+    inside = (part < run.size)[..., None]
+    rows = jnp.minimum(part, run.size - 1).reshape(*root.shape[:2], -1, 1)
+    taken = [
+        jnp.take_along_axis(cache.view(x, run), rows, axis=2).reshape(*part.shape, -1)
+        for x in (tree.low, tree.low if tree.high is None else tree.high)
+    ]
+    if tree.high is None:  # a part without keys has inf
+        taken[1] = jnp.where(taken[1] == jnp.inf, -jnp.inf, taken[1])
+    low, high = (jnp.where(inside, x, y) for x, y in zip(taken, (jnp.inf, -jnp.inf), strict=True))
+    return low.min(3), high.max(3)

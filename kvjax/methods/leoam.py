@@ -1,0 +1,258 @@
+"""LeoAM: keeps everything, on up to three tiers, and reads at each step the chunks that can matter.
+
+A chunk of neighbouring tokens, a leaf, is known by an abstract: the smallest and largest of its keys per
+channel, which bound q·k for any query. Leaves lie in larger chunks, roots, with such abstracts too: one
+evaluation may tell that none of a root's tokens matter. A step looks into roots in the order of their bounds.
+
+    U(q)    = Σ_d max(q_d·low_d, q_d·high_d)        of a root, and of a leaf
+    read      the leaves of largest U, as many as hold `topk` tokens, and those of the newest `window` and of
+              the first `n_sinks` tokens; query heads of a KV head share them, ranked by the group's largest U
+    attend    exactly, over these
+
+State: two vectors [D] per leaf and per root, 1/leaf + 1/root of the bytes of K and V; with `pairs`, so many
+per leaf; with `points`, half of a leaf's. Holds the whole cache: on the device it saves reads, not memory; on
+host and disk, both. Prompts are read in full. After a method that evicts without moving slots, abstracts keep
+what is gone, and the window is that of the last slots.
+
+Source: arXiv 2506.20187: chunks in a tree by each layer's skew, a light abstract of each, K and V on device,
+host and disk. The paper gives no formulas; bounds, parts of a leaf (`pairs`), means instead of boxes
+(`points`), window and sinks are our reconstruction. Deviations: what is read is what an evaluation of all
+leaves would choose, the tree only saves evaluations; no root is taken whole; sizes are a layer's, found
+beforehand (`kvjax.calibrate.chunks`), and do not change while decoding.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from kvjax import cache, chunk_search, chunk_tree, storage, tiers
+from kvjax.attend import Selection
+from kvjax.cache import KV, Layer
+from kvjax.chunk_store import Layout
+from kvjax.chunk_tree import Shape
+from kvjax.disk import Remote
+from kvjax.method import CacheMethod
+from kvjax.rope import rotate
+from kvjax.shapes import Positions, Queries, Slots, Tokens
+
+__all__ = ["LeoAM"]
+
+PerLayer = Any  # a setting, or anything array-like of one per layer, which becomes a tuple
+_PER_LAYER = {"leaf": int, "root": int, "points": bool}
+_TIERS = ("device", "host", "disk")
+
+
+@dataclass(frozen=True)
+class LeoAM(CacheMethod):
+    """Reads `topk` tokens of each KV head and step, in leaves. aux: `Tree`, none in layers read in full.
+
+    Args:
+        topk: tokens, or a share of those seen; None reads all, which is what the first layers may do.
+        leaf: tokens that are read together, or one number per layer.
+        root: tokens of a root, a multiple of leaf, or one number per layer; None evaluates all leaves.
+        pairs: parts of a leaf, each with an abstract.
+        points: an abstract is the mean of its keys instead of their box; or which, for each layer.
+        window: newest tokens that are always read.
+        n_sinks: first tokens that are always read.
+        dense_layers: first layers that are read in full.
+        tier: where K and V of the other layers lie, "device", "host" or "disk".
+        device_budget: off the device, bytes that it holds of the whole model, K and V and abstracts, in equal
+            parts for its layers; None for twice the K and V that a step may read.
+        host_budget: with a disk, bytes of K and V that the host holds; None for all.
+        disk: a folder, of one state; giving it makes the tier "disk".
+        chunk: tokens of a KV head that the disk writes and reads together, a multiple of leaf.
+        ahead: have what the next layer may ask for read from the disk while this one computes.
+        int4: let a share of the chunks come from the disk in 4 bits, as many as keep it from being late.
+    """
+
+    topk: int | float | None = 0.1
+    leaf: PerLayer = 16
+    root: PerLayer = 128
+    pairs: int = 1
+    points: PerLayer = False
+    window: int = 64
+    n_sinks: int = 16
+    dense_layers: int = 0
+    tier: str = "device"
+    device_budget: int | None = field(default=None, repr=False)  # what a context is opened with may differ
+    host_budget: int | None = field(default=None, repr=False)
+    disk: str | None = field(default=None, repr=False, compare=False)
+    chunk: int = 64
+    ahead: bool = field(default=True, repr=False)
+    int4: bool = False
+    evicts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Makes tables hashable. Raises ValueError for settings out of range."""
+        super().__post_init__()
+        for name, kind in _PER_LAYER.items():
+            if isinstance(value := getattr(self, name), list | tuple | np.ndarray):
+                row = tuple(None if x is None else kind(x) for x in value)
+                object.__setattr__(self, name, row)
+        if self.disk is not None:
+            object.__setattr__(self, "tier", "disk")
+        share = isinstance(self.topk, float)
+        if self.topk is not None and not (0 < self.topk <= 1 if share else self.topk >= 1):
+            raise ValueError(f"topk is tokens, 1 or more, or a share, above 0 to 1.0, got {self.topk=}")
+        if self.window < 1 or min(self.n_sinks, self.dense_layers) < 0:
+            raise ValueError(
+                "window is at least 1, n_sinks and dense_layers at least 0, got "
+                f"{self.window=}, {self.n_sinks=}, {self.dense_layers=}"
+            )
+        for leaf, root, points in self._table():
+            Shape(leaf, root, self.pairs, points)
+            if self.disk is not None and self.chunk % leaf:
+                raise ValueError(f"a chunk holds whole leaves, got {self.chunk=} for {leaf=}")
+        self._check_tiers()
+
+    def _table(self) -> list[tuple[int, int | None, bool]]:
+        """Returns leaf, root and points of each layer, one row where layers are alike."""
+        given = {name: getattr(self, name) for name in _PER_LAYER}
+        lengths = {len(x) for x in given.values() if isinstance(x, tuple)}
+        if len(lengths) > 1 or 0 in lengths:
+            raise ValueError(f"leaf, root and points have one entry per layer, got {given}")
+        n = max(lengths, default=1)
+        return list(zip(*(x if isinstance(x, tuple) else (x,) * n for x in given.values()), strict=True))
+
+    def _check_tiers(self) -> None:
+        if self.tier not in _TIERS or (self.tier == "disk") != (self.disk is not None):
+            raise ValueError(
+                'K and V lie on the "device", the "host", or a "disk" with its folder, got '
+                f"{self.tier=}, {self.disk=}"
+            )
+        given = {name: getattr(self, name) for name in ("device_budget", "host_budget")}
+        if any(x is not None and x < 1 for x in given.values()):
+            raise ValueError(f"budgets are bytes, 1 or more, or None, got {given}")
+        if (self.device_budget and self.tier == "device") or (self.host_budget and self.tier != "disk"):
+            raise ValueError(
+                "device_budget is for K and V on the host or the disk, host_budget for the disk, got "
+                f"{given} for {self.tier=}: leave it out, or take another tier"
+            )
+
+    @property
+    def folder(self) -> str | None:  # type: ignore[override]
+        """The disk's folder."""
+        return self.disk
+
+    @property
+    def shape(self) -> Shape:
+        """How the slots of a layer lie in its tree."""
+        return Shape(self.leaf, self.root, self.pairs, self.points)
+
+    def for_layer(self, index: int, n_layers: int) -> "LeoAM":
+        """Returns the method of one layer: its chunks, and its part of the device's bytes.
+
+        Raises:
+            ValueError: for tables with another number of entries than the model has layers.
+        """
+        if index < self.dense_layers:
+            return LeoAM(topk=None)
+        table = self._table()
+        alike = not any(isinstance(getattr(self, name), tuple) for name in _PER_LAYER)
+        if not alike and len(table) != n_layers:
+            raise ValueError(f"a table has one entry per layer, got {len(table)} for {n_layers=}")
+        leaf, root, points = table[0 if alike else index]
+        budgets = {name: getattr(self, name) for name in ("device_budget", "host_budget")}
+        budgets = {name: x and max(1, x // n_layers) for name, x in budgets.items()}
+        return replace(self, leaf=leaf, root=root, points=points, dense_layers=0, **budgets)
+
+    def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
+        """Returns an empty state.
+
+        Raises:
+            ValueError: for more tokens to read than a head holds, or fewer bytes on the device than a step
+                may read.
+        """
+        if isinstance(self.topk, int) and self.topk > max(slots):
+            raise ValueError(f"topk is at most the slots of a head, {max(slots)}, got {self.topk=}: lower it")
+        away = self.tier != "device" and self.topk is not None
+        host = self._host(layer, batch, slots, dtype) if away else None
+        kv = cache.allocate(layer, batch, slots, dtype, rotated=self.rotated, host=host)
+        if self.topk is None:
+            return kv
+        return kv.replace(aux=chunk_tree.empty(batch, layer.head_dim, dtype, kv.slots, self.shape))
+
+    def _host(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> tiers.Host:
+        """Returns how a layer lies on the host."""
+        n_leaves = max(self.shape.n_leaves(slots))
+        needed = min(self._count(max(slots)) + self._n_forced, n_leaves)
+        leaf_bytes = 2 * self.leaf * layer.head_dim * jnp.dtype(dtype).itemsize
+        line_bytes = batch * layer.n_kv_heads * leaf_bytes  # of a line of each head
+        abstracts = jax.eval_shape(
+            lambda: chunk_tree.empty(batch, layer.head_dim, dtype, tuple(slots), self.shape)
+        )
+        beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstracts))
+        lines = 2 * needed if self.device_budget is None else (self.device_budget - beside) // line_bytes
+        if lines < needed:
+            raise ValueError(
+                "the device holds the abstracts and what a step may read, "
+                f"{needed * line_bytes + beside} bytes of a layer, got {self.device_budget}: raise "
+                "device_budget to as much for each of the model's layers, or lower topk"
+            )
+        remote = self._remote(layer, batch, slots, dtype) if self.tier == "disk" else None
+        return tiers.Host(min(lines, n_leaves), block=self.leaf, keep=True, remote=remote)
+
+    def _remote(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> Remote:
+        """Returns how a layer lies on the disk."""
+        layout = Layout(batch, layer.n_kv_heads, max(slots), layer.head_dim, dtype, self.chunk)
+        least = batch * layer.n_kv_heads * layout.stride
+        if self.host_budget is not None and self.host_budget < least:
+            raise ValueError(
+                f"the host holds a chunk of each KV head and row, {least} bytes of a layer, got "
+                f"{self.host_budget}: raise host_budget to as much for each of the model's layers"
+            )
+        return Remote(jnp.int32(-1), self.chunk, self.host_budget, self.int4, self.ahead)
+
+    @property
+    def _n_forced(self) -> int:
+        """Leaves that a step always reads, at most."""
+        return (self.window + self.leaf - 2) // self.leaf + 1 + -(-self.n_sinks // self.leaf)
+
+    def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
+        """Brings the new keys into the abstracts of their chunks; no other key is read."""
+        if self.topk is None:
+            return kv
+        keys = rotate(k, jnp.broadcast_to(pos[:, :, None], k.shape[:3]), kv.layer.rope)
+        keys = jnp.swapaxes(keys, 1, 2)
+        return kv.replace(aux=chunk_tree.refresh(kv.aux, keys, idx, kv.mass, kv.slots, self.shape))
+
+    def moved(self, kv: KV, idx: jax.Array | None) -> KV:
+        """Makes the tree anew."""
+        if self.topk is None or kv.tier is not None:
+            return kv
+        return kv.replace(aux=chunk_tree.build(storage.read(kv.k), kv.mass, kv.slots, self.shape))
+
+    def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
+        """Returns the leaves that this query reads; prompts (T > 1) read all."""
+        if self.topk is None or q.shape[1] > 1:
+            return None
+        return Selection(idx=self.search(kv, q, pos)[0], block=self.leaf)
+
+    def search(self, kv: KV, q: Queries, pos: Positions) -> tuple[Int[Array, "B K N"], Int[Array, "B K"]]:
+        """Returns the leaves that a decode step's query reads, and how many chunks were evaluated."""
+        q = rotate(q, jnp.broadcast_to(pos[:, :, None, None], q.shape[:4]), kv.layer.rope)[:, 0]
+        n, forced = self._count(max(kv.slots)), self._forced(kv)
+        count = None if isinstance(self.topk, int) else jnp.minimum(self._count(kv.seen), n)
+        return chunk_search.best(kv.aux, q, forced, n, kv.slots, self.shape, count)
+
+    def _forced(self, kv: KV) -> Int[Array, "B K F"]:
+        """Returns the leaves of the newest tokens and of the first; -1 = none."""
+        fill = kv.fill[..., None]
+        newest = (fill - 1) // self.leaf - jnp.arange((self.window + self.leaf - 2) // self.leaf + 1)
+        newest = jnp.where(newest >= jnp.maximum(fill - self.window, 0) // self.leaf, newest, -1)
+        first = jnp.arange(-(-self.n_sinks // self.leaf))
+        return jnp.concatenate([newest, jnp.where(first * self.leaf < fill, first, -1)], axis=2)
+
+    def _count(self, seen: Any) -> Any:
+        """Returns how many leaves are chosen of `seen` tokens, at least one: those of `topk` tokens."""
+        if isinstance(self.topk, int):
+            return -(-self.topk // self.leaf)
+        if isinstance(seen, int):
+            return max(1, math.ceil(self.topk * seen / self.leaf))
+        return jnp.maximum(1, jnp.ceil(self.topk * seen / self.leaf).astype(jnp.int32))
