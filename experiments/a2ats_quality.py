@@ -29,7 +29,7 @@ from kvjax.method import CacheMethod
 from kvjax.methods.a2ats import A2ATS
 from kvjax.methods.full import Full
 
-__all__ = ["Quality", "quality", "row_of"]
+__all__ = ["Quality", "Tried", "quality", "row_of"]
 
 _TEXTS = ("prose", "filler", "novel")
 _FULL = {"name": "full", "ratio": 1.0, "spec": "Full()"}
@@ -84,7 +84,7 @@ def quality(settings: Quality) -> int:
         budget_of(name, 0, model, min(settings.context, settings.key_context))
     books = codebooks.load(settings.calibration, model)
     methods = [A2ATS(ratio, books, window=books.window, far=books.far) for ratio in settings.ratios]
-    tried = _Tried(settings, model)
+    tried = Tried(settings, model)
     stored = measured(start("a2ats", "quality", settings), _FULL, lambda: tried.figures(lambda where: Full()))
     rows = [stored.find(_FULL)]
     for method in methods:
@@ -120,10 +120,14 @@ def row_of(method: A2ATS) -> dict[str, Any]:
 
 
 @dataclass(eq=False)
-class _Tried:
-    """What methods are tried on."""
+class Tried:
+    """What methods are tried on, read when it is first needed.
 
-    settings: Quality
+    Args:
+        settings: an experiment's, as `Quality` has them, but those of A²ATS.
+    """
+
+    settings: Any
     model: kvjax.Model
 
     @functools.cached_property

@@ -38,7 +38,17 @@ _QWEN = {
     "qkv_bias": True,
     "tied_embeddings": True,
 }
-SHAPES = {"llama-3.1-8b": _8B, "qwen2.5-1.5b": _QWEN, "tiny": _TINY}
+_LONGCHAT = {
+    "vocab_size": 32000,
+    "width": 4096,
+    "ffn_width": 11008,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "rope": RopeConfig(base=1e4, scaling="linear", factor=8.0),
+    "context_length": 32768,
+}
+SHAPES = {"llama-3.1-8b": _8B, "longchat-7b": _LONGCHAT, "qwen2.5-1.5b": _QWEN, "tiny": _TINY}
 
 
 def config_of(shape: str, n_layers: int | None = None) -> ModelConfig:

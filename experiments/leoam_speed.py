@@ -1,0 +1,269 @@
+"""Times steps of contexts that lie on a disk: LeoAM beside what reads all of it, within the same budgets.
+
+    full        every step reads every row, from wherever it lies
+    prefetch    the same; threads bring each layer's rows while the one before computes
+    fixed       LeoAM with leaves as large as chunks of the disk, known by boxes, and nothing read ahead
+    leoam       leaves of 32, known by their means, and what the next layer may ask for read ahead
+    leoam4      the same, a share of the chunks in 4 bits
+
+A budget of 2 GB on the device and 8 GB on the host emulates a commodity machine; K, V and abstracts count.
+The pool begins full of the first chunks of each head. `computing` is the part of a step in which no layer
+waits for rows; `disk` and `link` are the parts in which one waits for the disk, or for rows that are there to
+reach the device.
+"""
+
+import dataclasses
+import functools
+import shlex
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kvjax
+from experiments import options, results
+from experiments.cases import Case, case_of
+from experiments.leoam_synthetic import filled, spread, written
+from experiments.results import Results
+from kvjax import bandwidths, cache, disk, measure, tiers
+from kvjax.cache import KV, Layer
+from kvjax.chunk_store import Traffic
+from kvjax.disk import Disk, Remote
+from kvjax.loop import State
+from kvjax.method import CacheMethod
+from kvjax.methods.leoam import LeoAM
+from kvjax.model import Model
+
+__all__ = ["Speed", "speed"]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What to time. A case is shape:batch x tokens; shape/8 takes 8 layers of it.
+
+    Args:
+        cases: contexts.
+        names: what to time in each, the full cache first.
+        topk: share of the tokens that a step chooses.
+        overlap: share of a step's chunks that the step before chose too, on real models.
+        device_gb: of K, V and abstracts on the device, in 10^9 bytes.
+        host_gb: of K and V on the host.
+        chunk: tokens that the disk reads together.
+        steps: decode steps in one call of LeoAM; the others, which take long, do one.
+        samples: calls timed, after those that compile and fill the lines.
+        warm: such calls.
+        disk: a folder for the contexts, which are removed.
+        seed: of weights, contexts and tokens.
+        out: the folder of results.
+    """
+
+    cases: tuple[str, ...] = (*(f"llama-3.1-8b:{b}x32768" for b in (1, 4, 8)), "longchat-7b:1x32768")
+    names: tuple[str, ...] = ("full", "prefetch", "fixed", "leoam", "leoam4")
+    topk: float = 0.04
+    overlap: float = 0.55
+    device_gb: float = 2.0
+    host_gb: float = 8.0
+    chunk: int = 64
+    steps: int = 16
+    samples: int = 3
+    warm: int = 3
+    disk: Path = Path("leoam_speed")
+    seed: int = 0
+    out: Path = results.FOLDER
+
+
+@dataclass(frozen=True)
+class Streamed(CacheMethod):
+    """Reads every row in every step, from a disk and a pool on the host."""
+
+    folder: str | None = field(default=None, compare=False)
+    chunk: int = 64
+    host_budget: int = 0
+    ahead: bool = False
+    int4: bool = False
+    tier: ClassVar[str] = "disk"
+
+    def for_layer(self, index: int, n_layers: int) -> "Streamed":
+        """Returns the method of one layer, with its part of the host."""
+        return dataclasses.replace(self, host_budget=self.host_budget // n_layers)
+
+    def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
+        """Returns an empty state."""
+        remote = Remote(jnp.int32(-1), self.chunk, self.host_budget, self.int4, self.ahead)
+        return cache.allocate(layer, batch, slots, dtype, host=tiers.Host(1, self.chunk, remote=remote))
+
+
+def speed(settings: Speed) -> int:
+    """Measures what is not stored yet, prints a line for each row, and returns 0.
+
+    Raises:
+        ValueError: for an unknown name, or a case that is none.
+    """
+    if unknown := sorted(set(settings.names) - _NAMES.keys()):
+        raise ValueError(f"a name is one of {', '.join(_NAMES)}, got {', '.join(unknown)}")
+    cases = [case_of(word) for word in settings.cases]
+    words = ["python -m experiments.leoam speed"]
+    words += map(shlex.quote, options.as_arguments(settings, skip=("out", "disk")))
+    stored = results.start("leoam_speed", settings.seed, None, settings.out, " ".join(words))
+    stored = _bandwidths(settings, stored)
+    for case in cases:
+        stored = _case(settings, stored, case)
+    stored = stored.claim(_claims(settings, stored, cases))
+    print(stored.path)
+    return 0
+
+
+def _bandwidths(settings: Speed, stored: Results) -> Results:
+    """Measures what bytes can move at, once."""
+    wanted = {"part": "bandwidths"}
+    if stored.find(wanted) is None:
+        settings.disk.mkdir(parents=True, exist_ok=True)
+        stored = stored.add(wanted, dataclasses.asdict(bandwidths.measure(settings.disk)))
+    found = {k: v for k, v in stored.find(wanted).items() if k not in ("settings", *wanted)}
+    print(
+        *(f"{k} {v / 1e9:.1f} GB/s" if v > 1 else f"{k} {v}" for k, v in found.items()), sep=" | ", flush=True
+    )
+    return stored
+
+
+def _case(settings: Speed, stored: Results, case: Case) -> Results:
+    """Times every name on the same files."""
+    missing = [name for name in settings.names if stored.find(case.row("decode", name)) is None]
+    seen = _seen(settings, case)
+    if missing:
+        model, started = case.model(settings.seed), time.perf_counter()
+        method = _method(settings, case, "leoam4" if "leoam4" in missing else "leoam")
+        written(settings.disk, model, method, case.batch, case.tokens, seen, settings.seed)
+        print(f"{case.label}: written in {time.perf_counter() - started:.0f} s", flush=True)
+    for name in settings.names:
+        if name in missing:
+            stored = stored.add(case.row("decode", name), _timed(settings, case, name, model, seen))
+            Disk.by_folder[settings.disk.resolve()].close()
+        row = stored.find(case.row("decode", name))
+        print(
+            f"{case.label} {name}: {row['step_us'] / 1e3:.1f} ms a step, {row['hit_rate']:.1%} found on the "
+            f"device, {row['pooled']:.1%} on the host, {row['expected']:.1%} read ahead, "
+            f"{row['disk_bytes'] / 2**20:.1f} MiB from disk, computing {row['computing']:.2f}, "
+            f"disk {row['disk']:.2f}, link {row['link']:.2f}",
+            flush=True,
+        )
+    shutil.rmtree(settings.disk, ignore_errors=True)
+    return stored
+
+
+def _seen(settings: Speed, case: Case) -> int:
+    """Returns the tokens of a context: whole chunks, with room for all steps."""
+    return (
+        (case.tokens - settings.steps * (settings.samples + settings.warm)) // settings.chunk * settings.chunk
+    )
+
+
+def _method(settings: Speed, case: Case, name: str) -> CacheMethod:
+    return _NAMES[name](settings, case)
+
+
+def _leoam(settings: Speed, case: Case, *, leaf: int = 32, **more: Any) -> LeoAM:
+    return LeoAM(
+        topk=int(settings.topk * case.tokens), leaf=leaf, root=None, points=leaf < settings.chunk,
+        chunk=settings.chunk, disk=str(settings.disk), device_budget=int(settings.device_gb * 1e9),
+        host_budget=int(settings.host_gb * 1e9), **more,
+    )  # fmt: skip
+
+
+def _streamed(settings: Speed, case: Case, *, ahead: bool) -> Streamed:
+    return Streamed(str(settings.disk), settings.chunk, int(settings.host_gb * 1e9), ahead)
+
+
+_NAMES = {
+    "full": functools.partial(_streamed, ahead=False),
+    "prefetch": functools.partial(_streamed, ahead=True),
+    "fixed": lambda settings, case: _leoam(settings, case, leaf=settings.chunk, ahead=False),
+    "leoam": _leoam,
+    "leoam4": functools.partial(_leoam, int4=True),
+}
+
+
+def _timed(settings: Speed, case: Case, name: str, model: Model, seen: int) -> dict[str, Any]:
+    """Decodes; the calls that compile and fill the lines do not count.
+
+    Raises:
+        RuntimeError: where logits are not finite.
+    """
+    method = _method(settings, case, name)
+    n_steps, warm = (settings.steps, settings.warm) if isinstance(method, LeoAM) else (1, 1)
+    tau = _tau(settings, case, method, model) if isinstance(method, LeoAM) else 0.0
+    state = filled(model, method, case.batch, case.tokens, seen, tau, settings.seed)
+    logits = jnp.zeros((case.batch, model.config.vocab_size), jnp.float32)
+    rng, times, before = np.random.default_rng(settings.seed), [], None
+    for i in range(warm + settings.samples):
+        forced = rng.integers(0, model.config.vocab_size, (case.batch, n_steps)).astype(np.int32)
+        start = time.perf_counter()
+        _, logits, state, _ = jax.block_until_ready(kvjax.decode(model, logits, state, method, forced))
+        times.append((time.perf_counter() - start) / n_steps * 1e6)
+        before = _counted(state) if i == warm - 1 else before
+    if not bool(jnp.isfinite(logits).all()):
+        raise RuntimeError("the steps that were timed went wrong: logits are not finite")
+    step = statistics.median(times[warm:])
+    moved = {k: v - before[k] for k, v in _counted(state).items()}
+    values = _parts(moved, sum(times[warm:]) / 1e6 * n_steps, n_steps * settings.samples)
+    return {
+        "step_us": step,
+        "samples_us": times[warm:],
+        "tau": tau,
+        "state_bytes": measure.nbytes(state),
+        **values,
+    }
+
+
+def _tau(settings: Speed, case: Case, method: LeoAM, model: Model) -> float:
+    n_leaves = -(-case.tokens // method.leaf)
+    n = -(-method.topk // method.leaf)
+    return spread(n_leaves, n, model.config.group, method.points, settings.overlap, settings.seed)
+
+
+def _counted(state: State) -> dict[str, float]:
+    """Returns what has moved so far, of all layers."""
+    found = disk.traffic(state)
+    counts = {f.name: float(sum(getattr(t, f.name) for t in found)) for f in dataclasses.fields(Traffic)}
+    held = [kv.tier for kv in state]
+    counts |= {
+        k: float(sum(np.asarray(getattr(t, k), np.float64).sum() for t in held)) for k in ("read", "missed")
+    }
+    return counts
+
+
+def _parts(moved: dict[str, float], seconds: float, n_steps: int) -> dict[str, float]:
+    """Returns a step's shares of time, of what it reads, and its bytes."""
+    asked = max(moved["asked"], 1)
+    read = moved["read_bytes"] + moved["read4_bytes"]
+    return {
+        "computing": 1 - moved["busy_s"] / seconds, "disk": moved["waited_s"] / seconds,
+        "link": (moved["busy_s"] - moved["waited_s"]) / seconds,
+        "hit_rate": 1 - moved["missed"] / moved["read"] if moved["read"] else 0.0,
+        "pooled": moved["pooled"] / asked, "expected": moved["expected"] / asked,
+        "disk_bytes": read / n_steps, "disk_bytes_4bit": moved["read4_bytes"] / n_steps,
+        "sent_bytes": moved["sent_bytes"] / n_steps,
+    }  # fmt: skip
+
+
+def _claims(settings: Speed, stored: Results, cases: Sequence[Case]) -> dict[str, float]:
+    """Returns how many times as long the others' steps take as LeoAM's."""
+    claims, ratios = {}, []
+    for case in cases:
+        rows = {name: stored.find(case.row("decode", name)) for name in settings.names}
+        for name in set(settings.names) - {"leoam"}:
+            claims[f"leoam.speedup_over_{name}_{case.label}"] = (
+                rows[name]["step_us"] / rows["leoam"]["step_us"]
+            )
+        if "full" in rows:
+            ratios.append(claims[f"leoam.speedup_over_full_{case.label}"])
+            if case.batch == 8:
+                claims["leoam.latency_speedup_batch8"] = ratios[-1]
+    return claims | ({"leoam.latency_speedup_mean": float(np.mean(ratios))} if ratios else {})
