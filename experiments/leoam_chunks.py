@@ -111,7 +111,7 @@ def _best(
     return _searched(tree, q, forced, most, (length,) * n_heads, shape, count)
 
 
-_searched = functools.partial(jax.jit, static_argnums=(3, 4, 5))(chunk_search.best)
+_searched = jax.jit(chunk_search.best, static_argnums=(3, 4, 5))
 
 
 def _tokens(idx: Int[Array, "Q K N"], leaf: int, here: Asked) -> Bool[Array, "Q K T"]:

@@ -227,7 +227,7 @@ def _load(folder: Path, about: Mapping[str, Any], model: Model, method: CacheMet
             if rest:
                 kv = _with_rows(own, i, kv, rest, m.init(layer, len(kv.seen), kv.slots, model.dtype))
                 if whole:
-                    own.stores[i].everything()
+                    own.stores[i].verify()
                     own.stores[i].check()
             state.append(kv)
         return tuple(state)
