@@ -26,7 +26,7 @@ from kvjax.model import Model
 from kvjax.models.config import ModelConfig
 from pallas_kernels import Codes
 
-__all__ = ["Locality", "books", "filled", "locality"]
+__all__ = ["Locality", "books", "filled", "locality", "rows"]
 
 _CENTROIDS, _HALVINGS, _WIDEST = 4096, 12, 4.0
 _STEPS, _FIRST = 320, 128  # steps, and those of them that fill lines, as they are timed
@@ -107,15 +107,15 @@ def _layer(kv: KV, key: Array, method: CacheMethod, seen: int) -> KV:
     """Fills a layer: its rows one array at a time, so that the device holds one of them."""
     keys = jax.random.split(key, 3)
     if kv.tier is None:
-        kv = kv.replace(k=_rows(kv.k, keys[0]))
-        kv = jax.block_until_ready(kv.replace(v=_rows(kv.v, keys[1])))
+        kv = kv.replace(k=rows(kv.k, keys[0]))
+        kv = jax.block_until_ready(kv.replace(v=rows(kv.v, keys[1])))
     else:
-        far = jax.block_until_ready(_rows(kv.tier.far, keys[0]))
+        far = jax.block_until_ready(rows(kv.tier.far, keys[0]))
         kv = kv.replace(tier=kv.tier.replace(far=far))
     return _index(kv, keys[2], method, seen)
 
 
-def _rows(store: object, key: Array) -> object:
+def rows(store: object, key: Array) -> object:
     """Returns random rows of the store's shape and type, where it lies: normal ones, or codes of -2 to 2."""
     if not isinstance(store, Codes):
         return jax.device_put(_drawn(key, store.shape, store.dtype), store.sharding)

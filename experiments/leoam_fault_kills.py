@@ -2,6 +2,7 @@
 
 Nothing that it called sealed or saved may be lost or changed: recovered rows and opened saves are compared
 with those of a process that nothing disturbed, bit by bit. Two such give the same, or nothing is compared.
+The machine goes on, so what was written is there whether it was synced or not; a power cut is not tried.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """Times steps of contexts that lie on a disk: LeoAM beside what reads all of it, within the same budgets.
 
-    full        every step reads every row, from wherever it lies
-    prefetch    the same; threads bring each layer's rows while the one before computes
+    full        every step reads every row: of as many layers as fit the host from pinned memory
+    prefetch    the same; threads read each other layer's rows from the disk while the one before computes
     fixed       LeoAM with leaves as large as chunks of the disk, known by boxes, and nothing read ahead
     leoam       leaves of 32, known by their means, and what the next layer may ask for read ahead
     leoam4      the same, a share of the chunks in 4 bits
@@ -28,14 +28,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from experiments import options, results
+from experiments import decode_model, options, results
 from experiments.cases import Case, case_of
 from experiments.leoam_synthetic import filled, spread, written
 from experiments.results import Results
 from kvjax import bandwidths, cache, disk, measure, tiers
 from kvjax.cache import KV, Layer
-from kvjax.chunk_store import Traffic
+from kvjax.chunk_store import Layout
 from kvjax.disk import Disk, Remote
+from kvjax.disk_pace import Traffic
 from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods.leoam import LeoAM
@@ -81,23 +82,23 @@ class Speed:
 
 @dataclass(frozen=True)
 class Streamed(CacheMethod):
-    """Reads every row in every step, from a disk and a pool on the host."""
+    """Reads every row in every step: some layers' from pinned host memory, the others' from a disk."""
 
     folder: str | None = field(default=None, compare=False)
     chunk: int = 64
-    host_budget: int = 0
+    resident: int = 0  # layers on the host
     ahead: bool = False
-    int4: bool = False
     tier: ClassVar[str] = "disk"
 
     def for_layer(self, index: int, n_layers: int) -> "Streamed":
-        """Returns the method of one layer, with its part of the host."""
-        return dataclasses.replace(self, host_budget=self.host_budget // n_layers)
+        """Returns the method of one layer."""
+        return dataclasses.replace(self, resident=int(index < self.resident))
 
     def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
         """Returns an empty state."""
-        remote = Remote(jnp.int32(-1), self.chunk, self.host_budget, self.int4, self.ahead)
-        return cache.allocate(layer, batch, slots, dtype, host=tiers.Host(1, self.chunk, remote=remote))
+        least = Layout(batch, layer.n_kv_heads, max(slots), layer.head_dim, dtype, self.chunk).stride
+        remote = None if self.resident else Remote(jnp.int32(-1), self.chunk, least, False, self.ahead)
+        return cache.allocate(layer, batch, slots, dtype, host=tiers.Host(1, remote=remote))
 
 
 def speed(settings: Speed) -> int:
@@ -140,12 +141,12 @@ def _case(settings: Speed, stored: Results, case: Case) -> Results:
     if missing:
         model, started = case.model(settings.seed), time.perf_counter()
         method = _method(settings, case, "leoam4" if "leoam4" in missing else "leoam")
-        written(settings.disk, model, method, case.batch, case.tokens, seen, settings.seed)
+        written(model, method, case.batch, case.tokens, seen, settings.seed)
         print(f"{case.label}: written in {time.perf_counter() - started:.0f} s", flush=True)
     for name in settings.names:
         if name in missing:
             stored = stored.add(case.row("decode", name), _timed(settings, case, name, model, seen))
-            Disk.by_folder[settings.disk.resolve()].close()
+            Disk.close_all()
         row = stored.find(case.row("decode", name))
         print(
             f"{case.label} {name}: {row['step_us'] / 1e3:.1f} ms a step, {row['hit_rate']:.1%} found on the "
@@ -178,7 +179,10 @@ def _leoam(settings: Speed, case: Case, *, leaf: int = 32, **more: Any) -> LeoAM
 
 
 def _streamed(settings: Speed, case: Case, *, ahead: bool) -> Streamed:
-    return Streamed(str(settings.disk), settings.chunk, int(settings.host_gb * 1e9), ahead)
+    c = decode_model.config_of(case.shape, case.layers)
+    layer_bytes = 4 * case.batch * c.n_kv_heads * c.head_dim * case.tokens
+    resident = min(int(settings.host_gb * 1e9 / layer_bytes), c.n_layers)
+    return Streamed(str(settings.disk), settings.chunk, resident, ahead)
 
 
 _NAMES = {

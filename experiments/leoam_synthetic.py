@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments import a2ats_synthetic
 from kvjax import chunk_tree, context_folder, disk, loop
 from kvjax.cache import KV
 from kvjax.chunk_tree import Shape, Tree
@@ -65,9 +66,7 @@ def _overlap(n_leaves: int, n: int, group: int, points: bool, tau: float, seed: 
     return float(np.mean(shares))
 
 
-def written(
-    folder: Path, model: Model, method: CacheMethod, batch: int, tokens: int, seen: int, seed: int
-) -> None:
+def written(model: Model, method: CacheMethod, batch: int, tokens: int, seen: int, seed: int) -> None:
     """Writes the chunks of `seen` random tokens for every layer, each to files of its own."""
     state = loop.init_state(model, method, batch, tokens)
     own = Disk.of(state)
@@ -95,8 +94,12 @@ def filled(
     own.generation = int(context_folder.generations(folder)[-1].name)
     kinds = zip(per_layer(method, model.config), layers(model.config), strict=True)
     for i, (one, layer) in enumerate(kinds):
-        kv = one.init(layer, batch, one.slots(layer, tokens), model.dtype)
-        kv = disk.reopened(own, i, _occupied(kv, seen))
+        kv = _occupied(one.init(layer, batch, one.slots(layer, tokens), model.dtype), seen)
+        if not disk.on_disk(kv):
+            far = a2ats_synthetic.rows(kv.tier.far, jax.random.key(seed + i))
+            state.append(kv.replace(tier=kv.tier.replace(far=jax.block_until_ready(far))))
+            continue
+        kv = disk.reopened(own, i, kv)
         store = own.stores[i]
         store.end[:] = seen
         _warm(store)

@@ -26,11 +26,14 @@ from jaxtyping import Float, Int
 
 from kvjax import blocks
 from kvjax.blocks import BlockFile, DamagedBlock
+from kvjax.chunk_codes import decode4, encode4
+from kvjax.disk_pace import Pace, Traffic
 
-__all__ = ["Layout", "Pace", "Store", "Traffic"]
+__all__ = ["Layout", "Store"]
 
 _PENDING = 2**27  # bytes that may wait to be written
 _TASKS = 16  # that one call gives the threads
+_PART = 1024  # chunks that are brought together where a whole layer is read
 
 
 @dataclass(frozen=True)
@@ -70,69 +73,19 @@ class Layout:
         return blocks.stride_of(self.chunk_bytes)
 
 
-@dataclass
-class Traffic:
-    """What has moved since a store was opened. Chunks are counted once in each call that asks for them."""
-
-    asked: int = 0  # chunks
-    pooled: int = 0  # of them were in host memory
-    expected: int = 0  # of the others, threads were reading already
-    read_bytes: int = 0  # from disk as they are
-    read4_bytes: int = 0  # from disk in 4 bits
-    sent_bytes: int = 0  # to the device
-    waited_s: float = 0.0  # a program waited for the disk
-    busy_s: float = 0.0  # in calls, waiting included
-
-
-class Pace:
-    """What is known of the time: how fast the disk is, and how long the device computes between two reads."""
-
-    def __init__(self) -> None:
-        """Knows nothing yet."""
-        self.rate: float | None = None  # bytes per second
-        self.compute_s: float | None = None
-        self._left: float | None = None
-
-    def entered(self, now: float) -> None:
-        """Notes that a program asks."""
-        if self._left is not None:
-            self.compute_s = _mean(self.compute_s, now - self._left)
-
-    def left(self, now: float) -> None:
-        """Notes that it goes on."""
-        self._left = now
-
-    def read(self, n_bytes: int, seconds: float) -> None:
-        """Notes what the disk did while a program waited."""
-        if n_bytes and seconds > 0:
-            self.rate = _mean(self.rate, n_bytes / seconds)
-
-    def share(self, n_bytes: int, small_bytes: int) -> float:
-        """Returns the least share to read in 4 bits so that reading takes no longer than computing.
-
-        Example:
-            >>> pace = Pace()
-            >>> pace.rate, pace.compute_s = 1e9, 0.01
-            >>> pace.share(n_bytes=20_000_000, small_bytes=5_000_000)  # 20 ms to bring into 10
-            0.6666666666666666
-        """
-        if self.rate is None or self.compute_s is None:
-            return 0.0
-        late, saved = n_bytes / self.rate - self.compute_s, (n_bytes - small_bytes) / self.rate
-        return min(max(late / saved, 0.0), 1.0) if saved > 0 else 0.0
-
-
 class Store:
     """One layer's chunks. It changes in place, under a lock; programs know it by a number."""
 
     def __init__(
         self, layout: Layout, n_pool: int, files: tuple[BlockFile, BlockFile | None],
         threads: ThreadPoolExecutor, pace: Pace, landing: np.ndarray | None = None,
+        rooms: list[np.ndarray] | None = None,
     ) -> None:  # fmt: skip
         """Takes files that hold what was sealed before, or nothing.
 
         files: of chunks as they are; and in 4 bits, or None.
         landing: bytes that results are written to where they fit: one call's are gone with the next.
+        rooms: memory for a whole layer that `expect_all` takes, of stores that are alike.
         """
         self._landing = landing
         self.layout, self.traffic, self.pace = layout, Traffic(), pace
@@ -154,9 +107,8 @@ class Store:
         self._unwritten: dict[int, np.ndarray] = {}  # chunks that no thread has written yet
         self._writes: deque[Future] = deque()
         self._counting = threading.Lock()
-        self._whole: tuple[np.ndarray, list[Future], np.ndarray] | None = (
-            None  # `everything`, as was expected
-        )
+        self._rooms: list[np.ndarray] = [] if rooms is None else rooms
+        self._whole: tuple[np.ndarray, list[Future], int] | None = None  # room, tasks, chunks left
 
     def append(self, first: Int[np.ndarray, "B K"], rows: Float[np.ndarray, "B K W 2 D"], end: Any) -> None:
         """Takes slots first to end of each head; chunks that get full are written behind.
@@ -222,6 +174,7 @@ class Store:
 
     def expect(self, row: np.ndarray, head: np.ndarray, leaf: np.ndarray, size: int) -> None:
         """Has threads read the chunks of leaves, and does not wait."""
+        started = time.perf_counter()
         with self._lock, self._caught():
             chunk = leaf * size // self.layout.chunk
             full = (leaf >= 0) & (chunk < self.end[row, head] // self.layout.chunk)
@@ -236,57 +189,84 @@ class Store:
             if len(number):
                 self._start(number, count)
                 self._early[self._place[number]] = True
+        self.traffic.busy_s += time.perf_counter() - started
 
     def expect_all(self) -> None:
-        """Has threads read what `everything` will return, and does not wait."""
-        with self._lock, self._caught():
-            if self._whole is None:
-                self._whole = self._begun()
-
-    def everything(self) -> Float[np.ndarray, "B K S 2 D"]:
-        """Returns all rows as they were given, past the pool; those from a head's end on hold anything."""
+        """Has threads read all full chunks, for `read_past`, and does not wait."""
         started = time.perf_counter()
-        with self._lock:
+        with self._lock, self._caught():
+            full = np.arange(self.layout.n_chunks) < self.end[..., None] // self.layout.chunk
+            shape = (self.layout.n_blocks, *self.layout.rows)
+            room = self._rooms.pop() if self._rooms else np.empty(shape, self.layout.dtype)
+            numbers = np.flatnonzero(full)
+            self._whole = room, self._copied(numbers, numbers, room), len(numbers)
+        self.traffic.busy_s += time.perf_counter() - started
+
+    def read_past(self, row: np.ndarray, head: np.ndarray, chunk: np.ndarray) -> Float[np.ndarray, "M P 2 D"]:
+        """Returns whole chunks as they were given, -1 for none, and leaves the pool as it is.
+
+        Of a head's last chunk, what it does not have yet holds anything.
+        """
+        started = time.perf_counter()
+        with self._lock, self._caught():
             self.pace.entered(started)
-            begun, self._whole = self._whole, None
-            out, tasks, _ = begun if begun and (begun[2] == self.end).all() else self._begun()
-            with self._caught():
-                for task in tasks:
+            out = self._out(len(chunk), *self.layout.rows)
+            last = self.end[row, head] // self.layout.chunk
+            number = (row * self.layout.n_heads + head) * self.layout.n_chunks + chunk
+            full = (chunk >= 0) & (chunk < last)
+            number, to = number[full], np.flatnonzero(full)
+            room, tasks, left = self._whole or (None, self._copied(number, to, out), 0)
+            for task in tasks:
+                task.result()
+            if room is not None:
+                for task in self._copied(number, to, out, room):
                     task.result()
-            tail = self.end // self.layout.chunk
-            row, head = np.nonzero(self.end % self.layout.chunk)
-            out[row, head, tail[row, head]] = self.tail[row, head]
-            self.traffic.sent_bytes += out.nbytes
+                left -= len(number)
+                self._whole = (room, [], left) if left > 0 else None
+                self._rooms.extend([room] * (left <= 0))
+            tail = (chunk >= 0) & (chunk == last)
+            out[tail] = self.tail[row[tail], head[tail]]
+            self.traffic.sent_bytes += int((full | tail).sum()) * self.layout.chunk_bytes
         now = time.perf_counter()
         self.traffic.waited_s += now - started
         self.traffic.busy_s += now - started
         self.pace.left(now)
-        return out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, : self.layout.slots]
+        return out
 
-    def _begun(self) -> tuple[np.ndarray, list[Future], np.ndarray]:
-        """Starts to bring all full chunks together: up to the ends that are returned."""
+    def everything(self) -> Float[np.ndarray, "B K S 2 D"]:
+        """Returns all rows as they were given; those from a head's end on hold anything."""
         shape = (self.layout.batch, self.layout.n_heads, self.layout.n_chunks)
-        out = np.zeros((*shape, *self.layout.rows), self.layout.dtype)
-        chunks = out.reshape(-1, *self.layout.rows)
-        full = (np.arange(shape[2]) < self.end[..., None] // self.layout.chunk).reshape(-1)
+        at = [x.reshape(-1) for x in np.indices(shape)]
+        parts = (slice(i, i + _PART) for i in range(0, len(at[0]), _PART))
+        rows = np.concatenate([self.read_past(*(x[part] for x in at)).copy() for part in parts])
+        return rows.reshape(*shape[:2], -1, *self.layout.rows[1:])[:, :, : self.layout.slots]
+
+    def _copied(
+        self, numbers: np.ndarray, to: np.ndarray, out: np.ndarray, room: np.ndarray | None = None
+    ) -> list[Future]:
+        """Has threads copy chunks to out[to] from the pool and the disk, or from a room for all of them."""
         for n in list(self._coming):
             self._finish(n)
-        here = full & (self._place >= 0)
-        here[here] = ~self._coarse[self._place[here]]
-        chunks[here] = self._pool[self._place[here]]
-        missing = np.flatnonzero(full & ~here)
-        parts = np.array_split(missing, min(len(missing), _TASKS)) if len(missing) else []
-        return out, [self._threads.submit(self._copy, part, chunks) for part in parts], self.end.copy()
+        place = self._place[numbers]
+        place = np.where(self._coarse[place], -1, place) if room is None else numbers
+        room = self._pool if room is None else room
+        parts = np.array_split(np.arange(len(numbers)), _TASKS)
+        tasks = ((numbers[i], place[i], to[i]) for i in parts if len(i))
+        return [self._threads.submit(self._copy, *task, room, out) for task in tasks]
 
-    def _copy(self, numbers: np.ndarray, chunks: np.ndarray) -> None:
-        """Reads chunks past the pool; runs in a thread."""
+    def _copy(
+        self, numbers: np.ndarray, places: np.ndarray, to: np.ndarray, room: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Copies chunks from their places in host memory, or reads them past it; runs in a thread."""
         scratch, n_bytes = memoryview(mmap.mmap(-1, self.layout.stride)), 0
-        for number in numbers.tolist():
-            if (found := self._unwritten.get(number)) is None:
+        for number, place, i in zip(numbers.tolist(), places.tolist(), to.tolist(), strict=True):
+            if place >= 0:
+                found = room[place]
+            elif (found := self._unwritten.get(number)) is None:
                 stored = self._checked(self.file, number, scratch)
                 found = np.frombuffer(stored, self.layout.dtype).reshape(self.layout.rows)
                 n_bytes += self.layout.stride
-            chunks[number] = found
+            out[i] = found
         with self._counting:
             self.traffic.read_bytes += n_bytes
 
@@ -467,34 +447,3 @@ class Store:
         head, chunk = divmod(rest, self.layout.n_chunks)
         first = chunk * self.layout.chunk
         return f"tokens {first} to {first + self.layout.chunk - 1} of KV head {head}, row {row}"
-
-
-def encode4(rows: Float[np.ndarray, "P 2 D"]) -> bytes:
-    """Returns rows in 4 bits: codes of two channels a byte, then a scale and a lowest value for each row.
-
-    A channel differs by at most half its row's scale from what it was, and by rounding to its type.
-    """
-    x = rows.astype(np.float32)
-    low, high = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
-    scale = np.maximum(high - low, 1e-8) / 15
-    codes = np.clip(np.rint((x - low) / scale), 0, 15).astype(np.uint8)
-    return (codes[..., ::2] | codes[..., 1::2] << 4).tobytes() + scale.tobytes() + low.tobytes()
-
-
-def decode4(stored: memoryview, shape: tuple[int, ...], dtype: Any) -> Float[np.ndarray, "P 2 D"]:
-    """Returns the rows that `encode4` was given, nearly."""
-    n = int(np.prod(shape)) // 2
-    both = np.frombuffer(stored[:n], np.uint8).reshape(*shape[:-1], -1)
-    codes = np.stack([both & 15, both >> 4], -1).reshape(shape)
-    scale, low = np.frombuffer(stored[n:], np.float32).reshape(2, *shape[:-1], 1)
-    return (codes * scale + low).astype(dtype)
-
-
-def bytes4(layout: Layout) -> int:
-    """Returns the bytes of a chunk in 4 bits."""
-    return int(np.prod(layout.rows)) // 2 + 16 * layout.chunk
-
-
-def _mean(old: float | None, new: float) -> float:
-    """Returns a running mean that forgets."""
-    return new if old is None else 0.9 * old + 0.1 * new

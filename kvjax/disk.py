@@ -23,12 +23,14 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import blocks, context_folder
 from kvjax.blocks import DamagedBlock
-from kvjax.chunk_store import Layout, Pace, Store, Traffic, bytes4
+from kvjax.chunk_codes import bytes4
+from kvjax.chunk_store import Layout, Store
+from kvjax.disk_pace import Pace, Traffic
 from kvjax.shapes import Leaf
 from pallas_kernels.backend import call_host
 from pallas_kernels.host import pinned
 
-__all__ = ["Disk", "Remote", "append", "attach", "check", "everything", "expect", "fetch", "traffic"]
+__all__ = ["Disk", "Remote", "append", "attach", "check", "expect", "fetch", "traffic"]
 
 _THREADS = 16
 _LANDING = 2**26  # bytes of a result that a GPU copies from pinned memory; its stream asks for one at a time
@@ -59,6 +61,7 @@ class Disk:
     threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_THREADS))
     pace: Pace = field(default_factory=Pace)
     landing: np.ndarray | None = field(default_factory=lambda: pinned(_LANDING))
+    rooms: list[np.ndarray] = field(default_factory=list)
 
     by_folder: ClassVar[dict[Path, "Disk"]] = {}
     count: ClassVar[itertools.count] = itertools.count()
@@ -86,6 +89,12 @@ class Disk:
         self.threads.shutdown()
         self.lock.close()
 
+    @classmethod
+    def close_all(cls) -> None:
+        """Closes all that are open."""
+        for disk in list(cls.by_folder.values()):
+            disk.close()
+
     def sync(self) -> None:
         """Waits until all full chunks are on the disk for good.
 
@@ -108,8 +117,11 @@ def on_disk(kv: Any) -> bool:
 
 
 def reads_ahead(kv: Any) -> bool:
-    """Returns whether what a layer may ask for is to be read before it does."""
-    return on_disk(kv) and kv.tier.far.ahead
+    """Returns whether what a layer may ask for is read before it does: not where the host has it all."""
+    if not on_disk(kv) or not kv.tier.far.ahead:
+        return False
+    layout = layout_of(kv)
+    return pool_bytes(kv) < layout.n_blocks * layout.stride
 
 
 def attach(state: Sequence[Any], folder: Path | str, about: Mapping[str, Any]) -> tuple:
@@ -164,7 +176,7 @@ def layout_of(kv: Any) -> Layout:
 
 def file_bytes(layout: Layout, far: Remote) -> int:
     """Returns the bytes of a layer's files once all slots are full."""
-    return (layout.n_blocks + 1) * (layout.stride + far.int4 * blocks.stride_of(bytes4(layout)))
+    return (layout.n_blocks + 1) * (layout.stride + far.int4 * blocks.stride_of(bytes4(layout.rows)))
 
 
 def pool_bytes(kv: Any) -> int:
@@ -178,7 +190,7 @@ def connected(disk: Disk, index: int, kv: Any, files: tuple) -> Any:
     """Returns a layer's state with the number of a store that has these files."""
     layout = layout_of(kv)
     n_pool = pool_bytes(kv) // layout.stride
-    number = disk.add(index, Store(layout, n_pool, files, disk.threads, disk.pace, disk.landing))
+    number = disk.add(index, Store(layout, n_pool, files, disk.threads, disk.pace, disk.landing, disk.rooms))
     far = kv.tier.far.replace(number=jnp.int32(number))
     return kv.replace(tier=kv.tier.replace(far=far))
 
@@ -209,7 +221,7 @@ def _create(parts: Path, index: int, layout: Layout, far: Remote, generation: in
     whole = blocks.create(parts / f"{index:03}.chunks", layout.chunk_bytes, generation)
     if not far.int4:
         return whole, None
-    return whole, blocks.create(parts / f"{index:03}.chunks4", bytes4(layout), generation)
+    return whole, blocks.create(parts / f"{index:03}.chunks4", bytes4(layout.rows), generation)
 
 
 def append(kv: Any) -> None:
@@ -231,16 +243,20 @@ def check(state: Iterable[Any]) -> None:
 
 
 def fetch(
-    far: Remote, row: Int[Array, " M"], head: Int[Array, " M"], leaf: Int[Array, " M"], shape: Sequence[int],
-    dtype: Any,
+    far: Remote, row: Int[Array, " M"], head: Int[Array, " M"], leaf: Int[Array, " M"], like: Any, *,
+    whole: bool = False,
 ) -> Float[Array, "M P 2 D"]:  # fmt: skip
     """Returns leaves of P slots, -1 for none; a program waits for them here.
 
-    shape: [P 2 D].
+    Args:
+        like: of their shape [P 2 D] and type.
+        whole: they are chunks, and all of a layer is read: as it was given, and past the pool.
     """
+    shape, dtype = like.shape, like.dtype
 
     def read(number: Any, *at: Any) -> np.ndarray:
-        return _store(number).read(*(np.asarray(x, np.int64) for x in at), shape[0])
+        store, at = _store(number), [np.asarray(x, np.int64) for x in at]
+        return store.read_past(*at) if whole else store.read(*at, shape[0])
 
     return call_host(read, jax.ShapeDtypeStruct((len(leaf), *shape), dtype), far.number, row, head, leaf)
 
@@ -262,18 +278,6 @@ def expect(far: Remote, leaf: Int[Array, "B K N"] | None, size: int) -> Float[Ar
 
     asked = () if leaf is None else (leaf,)
     return call_host(start, jax.ShapeDtypeStruct((), jnp.float32), far.number, *asked)
-
-
-def everything(far: Remote, shape: Sequence[int], dtype: Any, after: Array) -> Float[Array, "B K S 2 D"]:
-    """Returns all rows of a layer, on the device.
-
-    after: what has to be there first, so that no program reads all of its layers as it begins.
-    """
-
-    def read(number: Any, _: Any) -> np.ndarray:
-        return _store(number).everything()
-
-    return call_host(read, jax.ShapeDtypeStruct(shape, dtype), far.number, after.reshape(-1)[0])
 
 
 def traffic(state: Sequence[Any]) -> list[Traffic]:

@@ -11,7 +11,7 @@ Source: A²ATS (arXiv 2502.12665) keeps K and V on the host; there the CPU atten
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 STEPS = 64  # decode steps whose rows are staged before they are flushed
-_AT_ONCE = 512  # blocks that a program asks a disk for at once
+_AT_ONCE = 512  # blocks that a program asks a disk for at once, or as many slots of chunks
 
 
 @dataclass(frozen=True)
@@ -180,36 +180,56 @@ def bring(
 
 
 def _read(tier: Tier, idx: Int[Array, "B K N"], line: Int[Array, "B K N"]) -> tuple[Array, Array]:
-    """Returns the lines with blocks idx from a disk and from what is staged, some of them at a time."""
-    batch, n_heads, n = idx.shape
-    size, n_lines = tier.k.shape[2], tier.k.shape[1] // (n_heads * tier.block)
-    total = idx.size
-    at = min(_AT_ONCE, total)
-    rank = jnp.where(idx >= 0, jnp.cumsum((idx >= 0).reshape(-1)).reshape(idx.shape) - 1, total)
-    entry = jnp.full(-(-total // at) * at, -1, jnp.int32)
-    entry = entry.at[rank.reshape(-1)].set(jnp.arange(total, dtype=jnp.int32), mode="drop")
-    count = (idx >= 0).sum()
+    """Returns the lines with blocks idx from a disk and from what is staged."""
+    n_heads, size = idx.shape[1], tier.block
+    n_lines = tier.k.shape[1] // (n_heads * size)
 
-    def bring(carry: tuple) -> tuple:
-        i, k, v = carry
-        some = jax.lax.dynamic_slice(entry, (i * at,), (at,))
-        b, h = jnp.maximum(some, 0) // (n_heads * n), jnp.maximum(some, 0) // n % n_heads
-        block = jnp.where(some >= 0, idx.reshape(-1)[some], -1)
-        slot = block[:, None] * tier.block + jnp.arange(tier.block)
-        first = tier.first[b, h][:, None]
-        asked = jnp.where(slot[:, 0] < first[:, 0], block, -1)
-        far = disk.fetch(tier.far, b, h, asked, (tier.block, 2, size), tier.k.dtype)
+    def put(lines: tuple[Array, ...], at: Array, rows: Array, entry: Array) -> tuple[Array, ...]:
+        b, h, block = at
+        slot, first = block[:, None] * size + jnp.arange(size), tier.first[b, h][:, None]
         row = jnp.clip(slot - first, 0, tier.new_k.shape[2] - 1)
-        to = jnp.where(some >= 0, line.reshape(-1)[some], n_lines)
+        to = jnp.where(entry >= 0, line.reshape(-1)[entry], n_lines)
+        out = []
+        for x, new, i in zip(lines, (tier.new_k, tier.new_v), range(2), strict=True):
+            rows_i = jnp.where((slot < first)[..., None], rows[:, :, i], new[b[:, None], h[:, None], row])
+            x_lines = x.reshape(*idx.shape[:2], n_lines, size, -1)
+            out.append(x_lines.at[b, h, to].set(rows_i, mode="drop").reshape(x.shape))
+        return tuple(out)
 
-        def put(lines: Array, x: Array, new: Array) -> Array:
-            x = jnp.where((slot < first)[..., None], x, new[b[:, None], h[:, None], row])
-            lines = lines.reshape(batch, n_heads, n_lines, tier.block, size)
-            return lines.at[b, h, to].set(x, mode="drop").reshape(batch, -1, size)
+    return _asked(tier, idx, size, (tier.k, tier.v), put)
 
-        return i + 1, put(k, far[:, :, 0], tier.new_k), put(v, far[:, :, 1], tier.new_v)
 
-    return jax.lax.while_loop(lambda carry: carry[0] * at < count, bring, (jnp.int32(0), tier.k, tier.v))[1:]
+def _asked(
+    tier: Tier,
+    idx: Int[Array, "B K N"],
+    size: int,
+    state: Any,
+    put: Callable[..., Any],
+    *,
+    whole: bool = False,
+) -> Any:
+    """Asks a disk for blocks of `size` slots, some of them at a time, and returns what `put` makes of them.
+
+    put: takes what it returned before, the row, the head and the number of each block, its rows [M P 2 D],
+        and its place in idx, -1 for none.
+    """
+    n_heads, n = idx.shape[1:]
+    at = min(_AT_ONCE * tier.block // size, idx.size)
+    rank = jnp.where(idx >= 0, jnp.cumsum((idx >= 0).reshape(-1)).reshape(idx.shape) - 1, idx.size)
+    entries = jnp.full(-(-idx.size // at) * at, -1, jnp.int32)
+    entries = entries.at[rank.reshape(-1)].set(jnp.arange(idx.size, dtype=jnp.int32), mode="drop")
+    like = jax.ShapeDtypeStruct((size, 2, tier.k.shape[2]), tier.k.dtype)
+
+    def step(carry: tuple) -> tuple:
+        i, state = carry
+        entry = jax.lax.dynamic_slice(entries, (i * at,), (at,))
+        b, h = jnp.maximum(entry, 0) // (n_heads * n), jnp.maximum(entry, 0) // n % n_heads
+        block = jnp.where(entry >= 0, idx.reshape(-1)[entry], -1)
+        there = jnp.where(block * size < tier.first[b, h], block, -1)
+        rows = disk.fetch(tier.far, b, h, there, like, whole=whole)
+        return i + 1, put(state, (b, h, block), rows, entry)
+
+    return jax.lax.while_loop(lambda c: c[0] * at < (idx >= 0).sum(), step, (jnp.int32(0), state))[1]
 
 
 def expect(tier: Tier, idx: Int[Array, "B K N"] | None, slots: tuple[int, ...]) -> Float[Array, ""]:
@@ -239,15 +259,34 @@ def whole(tier: Tier, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ..
     row = jnp.where(slot < jnp.asarray(slots)[:, None], starts(slots)[:-1, None] + slot, sum(slots))
     b, new = jnp.arange(len(slot))[:, None, None], (tier.new_k, tier.new_v)
     if isinstance(tier.far, disk.Remote):
-        shape = (len(slot), len(slots), max(slots), 2, new[0].shape[3])
-        here = disk.everything(tier.far, shape, new[0].dtype, new[0]).reshape(len(slot), -1, *shape[3:])
-        return tuple(here[:, :, i].at[b, row].set(x, mode="drop") for i, x in enumerate(new))
+        return tuple(x.at[b, row].set(y, mode="drop") for x, y in zip(_all(tier, slots), new, strict=True))
     # After this layer's rows are known, and not for all layers when the program begins.
     far, _ = jax.lax.optimization_barrier((tier.far, new))
     here = jax.device_put(far, jax.memory.Space.Device)
     here = as_rows(unpaired(here) if isinstance(here, Codes) else here, _both(slots)).astype(new[0].dtype)
     here = here.reshape(len(here), -1, 2, here.shape[2])
     return tuple(here[:, :, i].at[b, row].set(x, mode="drop") for i, x in enumerate(new))
+
+
+def _all(tier: Tier, slots: tuple[int, ...]) -> tuple[Array, Array]:
+    """Returns all rows [B R D] that lie on a disk."""
+    size, (batch, n_heads, _, head_dim) = tier.far.chunk, tier.new_k.shape
+    n_chunks = -(-max(slots) // size)
+    # After this layer's rows are known, and not for all layers when the program begins.
+    first, _ = jax.lax.optimization_barrier((tier.first, tier.new_k))
+    chunk = jnp.arange(n_chunks, dtype=jnp.int32)
+    chunk = jnp.where(chunk * size < first[..., None], chunk, -1)
+
+    def put(rows: tuple[Array, ...], at: Array, new: Array, entry: Array) -> tuple[Array, ...]:
+        b, h, c = at
+        c = jnp.where(entry >= 0, c, n_chunks)
+        return tuple(x.at[b, h, c].set(new[:, :, i], mode="drop") for i, x in enumerate(rows))
+
+    empty = jnp.zeros((batch, n_heads, n_chunks, size, head_dim), tier.new_k.dtype)
+    rows = _asked(tier, chunk, size, (empty, empty), put, whole=True)
+    return tuple(
+        x.reshape(batch, n_heads, -1, head_dim)[:, :, : max(slots)].reshape(batch, -1, head_dim) for x in rows
+    )
 
 
 def flush(tier: Tier, end: Int[Array, "B K"], slots: tuple[int, ...]) -> Tier:

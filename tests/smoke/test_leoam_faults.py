@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import leoam, leoam_fault_disk, leoam_faults, results
+from experiments import leoam, leoam_fault_disk, leoam_fault_kills, leoam_faults, results
 from kvjax import blocks
 
 SIZES = ["--prompt", "128", "--steps", "48"]
@@ -50,6 +50,29 @@ def test_damage_that_nobody_notices_is_not_survived(tmp_path, monkeypatch):
     found = leoam_faults.outcome(run, tried.folder)
     assert found["survived"] is False
     assert found["outcome"] == "nothing was said; not mended"
+
+
+def test_what_a_kill_loses_or_changes_is_not_survived(tmp_path, monkeypatch):
+    tried = leoam_fault_kills.Kills(leoam_faults.Faults(prompt=128, steps=48), tmp_path.resolve())
+    tried.reference.rows[0][1, 0, 0, 0, 0] ^= 1
+    tried.reference.digests.clear()
+    whole = leoam_fault_kills.run
+
+    def promises(*args):
+        """Kills it at the end, when it has said that more lies on the disk than does."""
+        lines, seconds = whole(*args[:2], 10 + tried.reference.seconds)
+        return [*lines[:-1], lines[-1] | {"sealed": [1000, 0]}], seconds
+
+    monkeypatch.setattr(leoam_fault_kills, "run", promises)
+    found = leoam_faults.outcome(lambda: tried.killed(0), tried.folder)
+    assert found["survived"] is False
+    for lost in (
+        "sealed tokens are lost",
+        "; rows are changed",
+        "got None after 4",
+        "rows of the save are changed",
+    ):
+        assert lost in found["outcome"]
 
 
 def test_a_fault_that_is_not_survived_fails_the_command(tmp_path, monkeypatch, capsys):

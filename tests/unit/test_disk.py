@@ -16,10 +16,12 @@ from hypothesis import given, settings
 from method_cases import MODELS
 
 import kvjax
-from kvjax import blocks, chunk_store, disk, loop, tiers
+from kvjax import blocks, disk, loop, tiers
 from kvjax.blocks import DamagedBlock
-from kvjax.chunk_store import Layout, Pace, Store
+from kvjax.chunk_codes import bytes4
+from kvjax.chunk_store import Layout, Store
 from kvjax.contexts import load_context, recover_context, save_context
+from kvjax.disk_pace import Pace
 from kvjax.methods.leoam import LeoAM
 
 MODEL = MODELS["G2"]
@@ -88,7 +90,7 @@ ROWS = np.random.default_rng(2).normal(size=(2, 3, 100, 2, 64)).astype(np.float3
 def store(folder, n_pool, *, int4=False, threads=4):
     files = (
         blocks.create(folder / "a", LAYOUT.chunk_bytes, 1),
-        blocks.create(folder / "b", chunk_store.bytes4(LAYOUT), 1) if int4 else None,
+        blocks.create(folder / "b", bytes4(LAYOUT.rows), 1) if int4 else None,
     )
     return Store(LAYOUT, n_pool, files, ThreadPoolExecutor(threads), Pace())
 
