@@ -184,7 +184,7 @@ def _read(tier: Tier, idx: Int[Array, "B K N"], line: Int[Array, "B K N"]) -> tu
     n_heads, size = idx.shape[1], tier.block
     n_lines = tier.k.shape[1] // (n_heads * size)
 
-    def put(lines: tuple[Array, ...], at: Array, rows: Array, entry: Array) -> tuple[Array, ...]:
+    def put(lines: tuple[Array, ...], at: tuple[Array, ...], rows: Array, entry: Array) -> tuple[Array, ...]:
         b, h, block = at
         slot, first = block[:, None] * size + jnp.arange(size), tier.first[b, h][:, None]
         row = jnp.clip(slot - first, 0, tier.new_k.shape[2] - 1)
@@ -277,7 +277,7 @@ def _all(tier: Tier, slots: tuple[int, ...]) -> tuple[Array, Array]:
     chunk = jnp.arange(n_chunks, dtype=jnp.int32)
     chunk = jnp.where(chunk * size < first[..., None], chunk, -1)
 
-    def put(rows: tuple[Array, ...], at: Array, new: Array, entry: Array) -> tuple[Array, ...]:
+    def put(rows: tuple[Array, ...], at: tuple[Array, ...], new: Array, entry: Array) -> tuple[Array, ...]:
         b, h, c = at
         c = jnp.where(entry >= 0, c, n_chunks)
         return tuple(x.at[b, h, c].set(new[:, :, i], mode="drop") for i, x in enumerate(rows))
