@@ -25,8 +25,8 @@ from experiments import leoam_fault_child as child
 from experiments import leoam_fault_kills as kills
 from kvjax import blocks, disk, loop
 from kvjax.blocks import BlockFile
-from kvjax.chunk_store import Pace
 from kvjax.contexts import Context, load_context, recover_context, save_context
+from kvjax.disk_pace import Pace
 from kvjax.loop import State
 from kvjax.methods.leoam import LeoAM
 

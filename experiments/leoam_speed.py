@@ -67,7 +67,7 @@ class Speed:
 
     cases: tuple[str, ...] = (*(f"llama-3.1-8b:{b}x32768" for b in (1, 4, 8)), "longchat-7b:1x32768")
     names: tuple[str, ...] = ("full", "prefetch", "fixed", "leoam", "leoam4")
-    topk: float = 0.04
+    topk: float = 0.035
     overlap: float = 0.55
     device_gb: float = 2.0
     host_gb: float = 8.0

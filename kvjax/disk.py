@@ -242,23 +242,21 @@ def check(state: Iterable[Any]) -> None:
             _store(kv.tier.far.number).check()
 
 
-def fetch(
-    far: Remote, row: Int[Array, " M"], head: Int[Array, " M"], leaf: Int[Array, " M"], like: Any, *,
-    whole: bool = False,
-) -> Float[Array, "M P 2 D"]:  # fmt: skip
-    """Returns leaves of P slots, -1 for none; a program waits for them here.
+def fetch(far: Remote, at: Int[Array, "3 M"], like: Any, *, whole: bool = False) -> Float[Array, "M P 2 D"]:
+    """Returns leaves of P slots; a program waits for them here.
 
     Args:
+        at: row, head and leaf of each; -1 for none.
         like: of their shape [P 2 D] and type.
         whole: they are chunks, and all of a layer is read: as it was given, and past the pool.
     """
-    shape, dtype = like.shape, like.dtype
 
-    def read(number: Any, *at: Any) -> np.ndarray:
-        store, at = _store(number), [np.asarray(x, np.int64) for x in at]
-        return store.read_past(*at) if whole else store.read(*at, shape[0])
+    def read(asked: Any) -> np.ndarray:
+        store, at = _asked(asked)
+        return store.read_past(*at) if whole else store.read(*at, like.shape[0])
 
-    return call_host(read, jax.ShapeDtypeStruct((len(leaf), *shape), dtype), far.number, row, head, leaf)
+    result = jax.ShapeDtypeStruct((at.shape[1], *like.shape), like.dtype)
+    return call_host(read, result, _asking(far, at))
 
 
 def expect(far: Remote, leaf: Int[Array, "B K N"] | None, size: int) -> Float[Array, ""]:
@@ -267,17 +265,27 @@ def expect(far: Remote, leaf: Int[Array, "B K N"] | None, size: int) -> Float[Ar
     Returns: 0, once reading has begun: what asks for them is to depend on it.
     """
 
-    def start(number: Any, *asked: Any) -> np.ndarray:
-        if not asked:
-            _store(number).expect_all()
-            return np.zeros((), np.float32)
-        leaf = np.asarray(asked[0], np.int64)
-        row, head, _ = np.indices(leaf.shape)
-        _store(number).expect(*(x.reshape(-1) for x in (row, head, leaf)), size)
+    def start(asked: Any) -> np.ndarray:
+        store, at = _asked(asked)
+        store.expect(*at, size) if leaf is not None else store.expect_all()
         return np.zeros((), np.float32)
 
-    asked = () if leaf is None else (leaf,)
-    return call_host(start, jax.ShapeDtypeStruct((), jnp.float32), far.number, *asked)
+    at = jnp.zeros((3, 0), jnp.int32)
+    if leaf is not None:
+        row, head, _ = np.indices(leaf.shape, np.int32)
+        at = jnp.stack([row.reshape(-1), head.reshape(-1), leaf.reshape(-1)])
+    return call_host(start, jax.ShapeDtypeStruct((), jnp.float32), _asking(far, at))
+
+
+def _asking(far: Remote, at: Int[Array, "3 M"]) -> Int[Array, " Q"]:
+    """Returns what is asked of which store, as one array: each that a program hands over takes time."""
+    return jnp.concatenate([far.number[None], at.reshape(-1)])
+
+
+def _asked(asked: Any) -> tuple[Store, Int[np.ndarray, "3 M"]]:
+    """Returns a store, and what is asked of it."""
+    asked = np.asarray(asked)
+    return _store(asked[0]), asked[1:].reshape(3, -1).astype(np.int64)
 
 
 def traffic(state: Sequence[Any]) -> list[Traffic]:

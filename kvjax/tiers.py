@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 STEPS = 64  # decode steps whose rows are staged before they are flushed
-_AT_ONCE = 512  # blocks that a program asks a disk for at once, or as many slots of chunks
+_AT_ONCE = 256  # blocks that a program asks a disk for at once, or as many slots of chunks
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _asked(
         b, h = jnp.maximum(entry, 0) // (n_heads * n), jnp.maximum(entry, 0) // n % n_heads
         block = jnp.where(entry >= 0, idx.reshape(-1)[entry], -1)
         there = jnp.where(block * size < tier.first[b, h], block, -1)
-        rows = disk.fetch(tier.far, b, h, there, like, whole=whole)
+        rows = disk.fetch(tier.far, jnp.stack([b, h, there]), like, whole=whole)
         return i + 1, put(state, (b, h, block), rows, entry)
 
     return jax.lax.while_loop(lambda c: c[0] * at < (idx >= 0).sum(), step, (jnp.int32(0), state))[1]

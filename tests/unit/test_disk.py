@@ -55,7 +55,7 @@ def plain(tmp_path_factory):
     [
         {"ahead": False},
         {"device_budget": 180_000, "host_budget": 70_000},
-        {"host_budget": 150_000, "chunk": 32},
+        {"host_budget": 100_000, "chunk": 32},
     ],
 )
 def test_any_budgets_give_the_same_bits(tmp_path, plain, more):
