@@ -6,7 +6,7 @@ usage: python -m experiments.quote
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments import quote_chess, quote_methods, results
+from experiments import quote_chess, quote_leoam, quote_methods, results
 
 __all__ = ["files", "main", "quoted"]
 
@@ -41,6 +41,7 @@ def files() -> dict[Path, dict[str, Callable[[], str]]]:
         results.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
         results.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
         results.ROOT / "docs" / "methods" / "chess.md": quote_chess.CHESS,
+        results.ROOT / "docs" / "methods" / "leoam.md": quote_leoam.LEOAM,
     }
 
 

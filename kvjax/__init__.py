@@ -1,6 +1,6 @@
 """kvjax: long-context LLM inference in JAX when memory is the wall."""
 
-from kvjax.contexts import load_context, save_context
+from kvjax.contexts import load_context, recover_context, save_context
 from kvjax.debug import debug
 from kvjax.generate import Completion, generate, stream
 from kvjax.loop import decode, decode_step, pad, prefill
@@ -26,6 +26,7 @@ __all__ = [
     "load_context",
     "pad",
     "prefill",
+    "recover_context",
     "save_context",
     "stream",
 ]

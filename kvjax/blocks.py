@@ -76,7 +76,11 @@ class BlockFile:
         """
         if len(payload) > self.block_bytes:
             raise ValueError(f"a block has up to {self.block_bytes} bytes, got {len(payload)}")
-        _put(self.handle, number, _sealed(payload, number, self.generation, stride_of(self.block_bytes)))
+        raw = _sealed(payload, number, self.generation, self.stride)
+        try:
+            _put(self.handle, number, raw)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def sync(self) -> None:
         """Waits until all that was written is on the disk."""

@@ -35,7 +35,7 @@ def lock(folder: Path) -> TextIO:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = open(folder / "lock", "w")  # noqa: SIM115  closed by whoever asked for it
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+    except OSError as error:
         raise type(error)(
             f"a context lies in a folder that can be written to, got {str(folder)!r} ({error.strerror}): "
             "take another"

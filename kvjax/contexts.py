@@ -164,6 +164,14 @@ def recover_context(folder: Path | str, model: Model, method: CacheMethod) -> Co
     Raises:
         FileNotFoundError: where nothing is left that was not saved.
         ValueError: as `load_context`; and for a method with layers that are not on the disk.
+
+    Example:
+        >>> import kvjax, tempfile
+        >>> model = kvjax.load("smollm2-135m")
+        >>> method = kvjax.METHODS["leoam"](disk=tempfile.mkdtemp())
+        >>> _ = kvjax.prefill(model, kvjax.pad([list(range(200))]), method)
+        >>> kvjax.recover_context(method.disk, model, method).state[0].seen.tolist()  # whole chunks of 64
+        [192]
     """
     folder = Path(folder).resolve()
     for parts in reversed(context_folder.generations(folder) if folder.is_dir() else []):

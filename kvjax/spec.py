@@ -73,11 +73,11 @@ def _fields(name: str, methods: Mapping[str, type]) -> set[str]:
 
 def _words(name: str, methods: Mapping[str, type]) -> set[str]:
     """Returns the names of a method's settings that are words."""
-    return (
-        {field.name for field in fields(methods[name]) if field.type in (str, "str")}
-        if name in methods
-        else set()
-    )
+    if name not in methods:
+        return set()
+    return {
+        field.name for field in fields(methods[name]) if field.type in (str, "str", str | None, "str | None")
+    }
 
 
 def _value(key: str, text: str) -> Any:

@@ -1,7 +1,7 @@
 """LeoAM: keeps everything, on up to three tiers, and reads at each step the chunks that can matter.
 
 A chunk of neighbouring tokens, a leaf, is known by an abstract: the smallest and largest of its keys per
-channel, which bound q·k for any query. Leaves lie in larger chunks, roots, with such abstracts too: one
+channel, which bound q·k for any query. Leaves may lie in larger chunks, roots, with such abstracts too: one
 evaluation may tell that none of a root's tokens matter. A step looks into roots in the order of their bounds.
 
     U(q)    = Σ_d max(q_d·low_d, q_d·high_d)        of a root, and of a leaf
@@ -55,7 +55,8 @@ class LeoAM(CacheMethod):
     Args:
         topk: tokens, or a share of those seen; None reads all, which is what the first layers may do.
         leaf: tokens that are read together, or one number per layer.
-        root: tokens of a root, a multiple of leaf, or one number per layer; None evaluates all leaves.
+        root: tokens of a root, a multiple of leaf, or one number per layer; None evaluates all leaves,
+            which is as much work on real models, and no loop.
         pairs: parts of a leaf, each with an abstract.
         points: an abstract is the mean of its keys instead of their box; or which, for each layer.
         window: newest tokens that are always read.
@@ -73,7 +74,7 @@ class LeoAM(CacheMethod):
 
     topk: int | float | None = 0.1
     leaf: PerLayer = 16
-    root: PerLayer = 128
+    root: PerLayer = None
     pairs: int = 1
     points: PerLayer = False
     window: int = 64

@@ -5,6 +5,7 @@ import pytest
 import kvjax
 from kvjax import spec
 from kvjax.methods import METHODS, make
+from kvjax.methods.leoam import LeoAM
 
 
 def test_a_line_gives_the_method_that_code_gives():
@@ -63,3 +64,9 @@ def test_other_registries_can_be_read():
 def test_a_wrong_dtype_is_told_before_anything_is_loaded(dtype):
     with pytest.raises(ValueError, match="a model is loaded in float32 or bfloat16"):
         kvjax.load("no-such-model", dtype)
+
+
+def test_a_folder_is_a_word(tmp_path):
+    method = spec.parse(f"leoam:topk=0.2,disk={tmp_path}/a folder,host_budget=1000000000")
+    assert method == LeoAM(topk=0.2, disk=f"{tmp_path}/a folder", host_budget=10**9)
+    assert method.folder == f"{tmp_path}/a folder"

@@ -1,0 +1,126 @@
+"""Writes the figures of the page of LeoAM from stored results, see `quote`."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+from experiments import results
+from experiments.quote_methods import GEMMA, below
+
+__all__ = ["LEOAM"]
+
+_WAYS = (
+    "leaf 8", "leaf 16", "leaf 32", "leaf 64", "2 pairs", "1 point", "2 points", "leaf 8, 1 point",
+    "1 middle", "true leaf 16", "true leaf 1",
+)  # fmt: skip
+_SHARES = (0.05, 0.1, 0.2)
+
+
+def _recall(options: str) -> str:
+    """Returns what abstracts catch, for the tokens and for the bytes that are read.
+
+    options: all of the command's.
+    """
+    claims, model, ending = _claims(options)
+    lines = [
+        "| abstract | its bytes | all attention at 5, 10, 20% of tokens | outside window and sinks "
+        "| all, at 20% of bytes | useless at 10% |",
+        "|---|---|---|---|---|---|",
+    ]
+    for way in _WAYS:
+        figure = lambda name, share: claims.get(f"{model}.{_short(way)}.{name}@{share:g}")  # noqa: B023, E731
+        cells = [_percent([figure("abstracts", 0.1)])]
+        cells += [_percent([figure(name, share) for share in _SHARES]) for name in ("mass_recall", "far")]
+        cells += [_percent([figure("mass_at_bytes", 0.2)]), _percent([figure("useless", 0.1)])]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines) + ending
+
+
+def _work(options: str) -> str:
+    """Returns the chunks that trees evaluate, and how much of a choice is known before."""
+    claims, model, ending = _claims(options)
+    lines = ["| | 5% | 10% | 20% |", "|---|---|---|---|"]
+    for root in (32, 64, 128, 256, 1024):
+        found = (claims[f"{model}.descents.{root}.of_leaves@{share:g}"] for share in _SHARES)
+        lines.append(
+            f"| evaluations, roots of {root}, beside all leaves | {' | '.join(f'{x:.2f}' for x in found)} |"
+        )
+    found = (claims[f"{model}.descents.128.of_tokens@{share:g}"] for share in _SHARES)
+    lines.append(f"| roots of 128, beside all tokens | {' | '.join(f'{x:.3f}' for x in found)} |")
+    for way, words in (
+        ("last_step", "chosen by the step before"),
+        ("foreseen_query", "by the foreseen query"),
+    ):
+        found = (claims[f"{model}.predictions.{way}.hit@{share:g}"] for share in _SHARES)
+        lines.append(f"| of a choice, {words} | {' | '.join(f'{x:.0%}' for x in found)} |")
+    return "\n".join(lines) + ending
+
+
+def _claims(options: str) -> tuple[Mapping[str, float], str, str]:
+    stored, path = results.newest(f"leoam recall {options}", None, "leoam_recall")
+    return stored["claims"], stored["rows"][0]["model"].split("-")[0], below(stored, path)
+
+
+def _short(way: str) -> str:
+    return way.replace(" ", "_").replace(",", "")
+
+
+def _percent(values: list[float | None]) -> str:
+    return ", ".join("" if x is None else f"{x:.1%}" if x < 0.1 else f"{x:.0%}" for x in values)
+
+
+def _quality() -> str:
+    """Returns what methods lose for the bytes that they read."""
+    stored, path = results.newest("leoam", " quality", "leoam_quality")
+    lines = ["| asked | method | bytes read | KL | top-1 | perplexity |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['share']:.0%} | {r['name']} | {r['read']:.1%} | {r['kl']:.4f} | {r['top1']:.1%} "
+        f"| {r['perplexity']:.2f} |"
+        for r in stored["rows"]
+    ]
+    return "\n".join(lines) + below(stored, path)
+
+
+def _speed() -> str:
+    """Returns steps of contexts on a disk."""
+    stored, path = results.newest("leoam", " speed", "leoam_speed")
+    lines = [
+        "| shape, rows | | step, ms | times as fast as full | found on the device "
+        "| of the rest, on the host, read ahead | from disk, MiB | computing, disk, link |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [r for r in stored["rows"] if r["part"] == "decode"]
+    full = {(r["spec"], r["batch"]): r["step_us"] for r in rows if r["name"] == "full"}
+    for r in rows:
+        chooses = r["name"].startswith(("leoam", "fixed"))
+        found = (f"{r['hit_rate']:.1%}", f"{r['pooled']:.0%}, {r['expected']:.0%}") if chooses else ("", "")
+        shares = ", ".join(f"{r[k]:.0%}" for k in ("computing", "disk", "link"))
+        lines.append(
+            f"| {r['spec'].split()[0]}, {r['batch']} | {r['name']} | {r['step_us'] / 1e3:,.0f} "
+            f"| {full[r['spec'], r['batch']] / r['step_us']:.2f} | {found[0]} | {found[1]} "
+            f"| {r['disk_bytes'] / 2**20:,.0f} | {shares} |"
+        )
+    return "\n".join(lines) + below(stored, path)
+
+
+def _faults() -> str:
+    """Returns how many faults of each kind were tried and survived."""
+    stored, path = results.newest("leoam", " faults", "leoam_faults")
+    tried, survived = Counter(), Counter()
+    for r in stored["rows"]:
+        tried[r["fault"]] += 1
+        survived[r["fault"]] += r["survived"]
+    lines = ["| fault | tried | survived |", "|---|---|---|"]
+    lines += [f"| {fault} | {n} | {survived[fault]} |" for fault, n in tried.items()]
+    return "\n".join(lines) + below(stored, path)
+
+
+LEOAM: Mapping[str, Callable[[], str]] = {
+    "recall": functools.partial(_recall, "--dtype float32 --docs 2"),
+    "recall of Gemma": functools.partial(_recall, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
+    "work": functools.partial(_work, "--dtype float32 --docs 2"),
+    "work of Gemma": functools.partial(_work, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
+    "quality": _quality,
+    "speed": _speed,
+    "faults": _faults,
+}
