@@ -201,7 +201,7 @@ def _timed(settings: Speed, case: Case, name: str, model: Model, seen: int) -> d
         RuntimeError: where logits are not finite.
     """
     method = _method(settings, case, name)
-    n_steps, warm = (settings.steps, settings.warm) if isinstance(method, LeoAM) else (1, 1)
+    n_steps, warm = (settings.steps, settings.warm) if isinstance(method, LeoAM) else (1, 2)
     tau = _tau(settings, case, method, model) if isinstance(method, LeoAM) else 0.0
     state = filled(model, method, case.batch, case.tokens, seen, tau, settings.seed)
     logits = jnp.zeros((case.batch, model.config.vocab_size), jnp.float32)

@@ -35,7 +35,7 @@ __all__ = [
 ]  # fmt: skip
 
 STEPS = 64  # decode steps whose rows are staged before they are flushed
-_AT_ONCE = 256  # blocks that a program asks a disk for at once, or as many slots of chunks
+_AT_ONCE = (2**22, 2**25)  # bytes that a program asks a disk for at once: of blocks, and of a whole layer
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,8 @@ def _asked(
         and its place in idx, -1 for none.
     """
     n_heads, n = idx.shape[1:]
-    at = min(_AT_ONCE * tier.block // size, idx.size)
+    block_bytes = 2 * size * tier.k.shape[2] * tier.k.dtype.itemsize
+    at = min(max(1, _AT_ONCE[whole] // block_bytes), idx.size)
     rank = jnp.where(idx >= 0, jnp.cumsum((idx >= 0).reshape(-1)).reshape(idx.shape) - 1, idx.size)
     entries = jnp.full(-(-idx.size // at) * at, -1, jnp.int32)
     entries = entries.at[rank.reshape(-1)].set(jnp.arange(idx.size, dtype=jnp.int32), mode="drop")
