@@ -114,9 +114,9 @@ def speed(settings: Speed) -> int:
     words += map(shlex.quote, options.as_arguments(settings, skip=("out", "disk")))
     stored = results.start("leoam_speed", settings.seed, None, settings.out, " ".join(words))
     stored = _bandwidths(settings, stored)
-    for case in cases:
+    for i, case in enumerate(cases):
         stored = _case(settings, stored, case)
-    stored = stored.claim(_claims(settings, stored, cases))
+        stored = stored.claim(_claims(settings, stored, cases[: i + 1]))
     print(stored.path)
     return 0
 

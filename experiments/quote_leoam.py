@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from experiments import results
-from experiments.quote_methods import GEMMA, below
+from experiments.quote_methods import GEMMA, QWEN, below
 
 __all__ = ["LEOAM"]
 
@@ -13,6 +13,7 @@ _WAYS = (
     "leaf 8", "leaf 16", "leaf 32", "leaf 64", "2 pairs", "1 point", "2 points", "leaf 8, 1 point",
     "1 middle", "true leaf 16", "true leaf 1",
 )  # fmt: skip
+_QWEN = f"{QWEN} --dtype bfloat16 --docs 1"
 _SHARES = (0.05, 0.1, 0.2)
 
 
@@ -86,19 +87,21 @@ def _speed() -> str:
     stored, path = results.newest("leoam", " speed", "leoam_speed")
     lines = [
         "| shape, rows | | step, ms | times as fast as full | found on the device "
-        "| of the rest, on the host, read ahead | from disk, MiB | computing, disk, link |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        "| of the rest, on the host, read ahead | from disk, MiB | that at the disk's rate, ms "
+        "| computing, disk, link |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
     rows = [r for r in stored["rows"] if r["part"] == "decode"]
+    rate = next(r["disk_read"] for r in stored["rows"] if r["part"] == "bandwidths")
     full = {(r["spec"], r["batch"]): r["step_us"] for r in rows if r["name"] == "full"}
     for r in rows:
         chooses = r["name"].startswith(("leoam", "fixed"))
         found = (f"{r['hit_rate']:.1%}", f"{r['pooled']:.0%}, {r['expected']:.0%}") if chooses else ("", "")
         shares = ", ".join(f"{r[k]:.0%}" for k in ("computing", "disk", "link"))
         lines.append(
-            f"| {r['spec'].split()[0]}, {r['batch']} | {r['name']} | {r['step_us'] / 1e3:,.0f} "
+            f"| {r['spec'].replace(' bfloat16', '')}, {r['batch']} | {r['name']} | {r['step_us'] / 1e3:,.1f} "
             f"| {full[r['spec'], r['batch']] / r['step_us']:.2f} | {found[0]} | {found[1]} "
-            f"| {r['disk_bytes'] / 2**20:,.0f} | {shares} |"
+            f"| {r['disk_bytes'] / 2**20:,.0f} | {r['disk_bytes'] / rate * 1e3:,.0f} | {shares} |"
         )
     return "\n".join(lines) + below(stored, path)
 
@@ -118,8 +121,10 @@ def _faults() -> str:
 LEOAM: Mapping[str, Callable[[], str]] = {
     "recall": functools.partial(_recall, "--dtype float32 --docs 2"),
     "recall of Gemma": functools.partial(_recall, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
+    "recall of Qwen": functools.partial(_recall, _QWEN),
     "work": functools.partial(_work, "--dtype float32 --docs 2"),
     "work of Gemma": functools.partial(_work, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
+    "work of Qwen": functools.partial(_work, _QWEN),
     "quality": _quality,
     "speed": _speed,
     "faults": _faults,
