@@ -11,7 +11,7 @@ Source: A²ATS (arXiv 2502.12665) keeps K and V on the host; there the CPU atten
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax import disk, storage
+from kvjax import disk, disk_rows, storage
 from kvjax.shapes import Leaf
 from pallas_kernels import Codes, assign_lines, fetch_rows, stow_rows
 from pallas_kernels.attention import starts
@@ -35,7 +35,6 @@ __all__ = [
 ]  # fmt: skip
 
 STEPS = 64  # decode steps whose rows are staged before they are flushed
-_AT_ONCE = (2**22, 2**25)  # bytes that a program asks a disk for at once: of blocks, and of a whole layer
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def bring(
         partly = (idx + 1) * tier.block > tier.first[..., None]
         lists = _listed(jnp.where(asked & (partly | ~there), idx, -1), place, most)
     if isinstance(tier.far, disk.Remote):
-        k, v = _read(tier, *lists)
+        k, v = disk_rows.into_lines(tier, *lists)
     else:
         staged = (tier.new_k, tier.new_v)
         k, v = fetch_rows((tier.k, tier.v), tier.far, staged, *lists, tier.first, blocks=blocks)
@@ -177,60 +176,6 @@ def bring(
         missed=tier.missed + crossed.sum(-1, dtype=jnp.int32),
     )
     return tier, place
-
-
-def _read(tier: Tier, idx: Int[Array, "B K N"], line: Int[Array, "B K N"]) -> tuple[Array, Array]:
-    """Returns the lines with blocks idx from a disk and from what is staged."""
-    n_heads, size = idx.shape[1], tier.block
-    n_lines = tier.k.shape[1] // (n_heads * size)
-
-    def put(lines: tuple[Array, ...], at: tuple[Array, ...], rows: Array, entry: Array) -> tuple[Array, ...]:
-        b, h, block = at
-        slot, first = block[:, None] * size + jnp.arange(size), tier.first[b, h][:, None]
-        row = jnp.clip(slot - first, 0, tier.new_k.shape[2] - 1)
-        to = jnp.where(entry >= 0, line.reshape(-1)[entry], n_lines)
-        out = []
-        for x, new, i in zip(lines, (tier.new_k, tier.new_v), range(2), strict=True):
-            rows_i = jnp.where((slot < first)[..., None], rows[:, :, i], new[b[:, None], h[:, None], row])
-            x_lines = x.reshape(*idx.shape[:2], n_lines, size, -1)
-            out.append(x_lines.at[b, h, to].set(rows_i, mode="drop").reshape(x.shape))
-        return tuple(out)
-
-    return _asked(tier, idx, size, (tier.k, tier.v), put)
-
-
-def _asked(
-    tier: Tier,
-    idx: Int[Array, "B K N"],
-    size: int,
-    state: Any,
-    put: Callable[..., Any],
-    *,
-    whole: bool = False,
-) -> Any:
-    """Asks a disk for blocks of `size` slots, some of them at a time, and returns what `put` makes of them.
-
-    put: takes what it returned before, the row, the head and the number of each block, its rows [M P 2 D],
-        and its place in idx, -1 for none.
-    """
-    n_heads, n = idx.shape[1:]
-    block_bytes = 2 * size * tier.k.shape[2] * tier.k.dtype.itemsize
-    at = min(max(1, _AT_ONCE[whole] // block_bytes), idx.size)
-    rank = jnp.where(idx >= 0, jnp.cumsum((idx >= 0).reshape(-1)).reshape(idx.shape) - 1, idx.size)
-    entries = jnp.full(-(-idx.size // at) * at, -1, jnp.int32)
-    entries = entries.at[rank.reshape(-1)].set(jnp.arange(idx.size, dtype=jnp.int32), mode="drop")
-    like = jax.ShapeDtypeStruct((size, 2, tier.k.shape[2]), tier.k.dtype)
-
-    def step(carry: tuple) -> tuple:
-        i, state = carry
-        entry = jax.lax.dynamic_slice(entries, (i * at,), (at,))
-        b, h = jnp.maximum(entry, 0) // (n_heads * n), jnp.maximum(entry, 0) // n % n_heads
-        block = jnp.where(entry >= 0, idx.reshape(-1)[entry], -1)
-        there = jnp.where(block * size < tier.first[b, h], block, -1)
-        rows = disk.fetch(tier.far, jnp.stack([b, h, there]), like, whole=whole)
-        return i + 1, put(state, (b, h, block), rows, entry)
-
-    return jax.lax.while_loop(lambda c: c[0] * at < (idx >= 0).sum(), step, (jnp.int32(0), state))[1]
 
 
 def expect(tier: Tier, idx: Int[Array, "B K N"] | None, slots: tuple[int, ...]) -> Float[Array, ""]:
@@ -260,34 +205,15 @@ def whole(tier: Tier, slots: tuple[int, ...]) -> tuple[Float[Array, "B R D"], ..
     row = jnp.where(slot < jnp.asarray(slots)[:, None], starts(slots)[:-1, None] + slot, sum(slots))
     b, new = jnp.arange(len(slot))[:, None, None], (tier.new_k, tier.new_v)
     if isinstance(tier.far, disk.Remote):
-        return tuple(x.at[b, row].set(y, mode="drop") for x, y in zip(_all(tier, slots), new, strict=True))
+        return tuple(
+            x.at[b, row].set(y, mode="drop") for x, y in zip(disk_rows.every(tier, slots), new, strict=True)
+        )
     # After this layer's rows are known, and not for all layers when the program begins.
     far, _ = jax.lax.optimization_barrier((tier.far, new))
     here = jax.device_put(far, jax.memory.Space.Device)
     here = as_rows(unpaired(here) if isinstance(here, Codes) else here, _both(slots)).astype(new[0].dtype)
     here = here.reshape(len(here), -1, 2, here.shape[2])
     return tuple(here[:, :, i].at[b, row].set(x, mode="drop") for i, x in enumerate(new))
-
-
-def _all(tier: Tier, slots: tuple[int, ...]) -> tuple[Array, Array]:
-    """Returns all rows [B R D] that lie on a disk."""
-    size, (batch, n_heads, _, head_dim) = tier.far.chunk, tier.new_k.shape
-    n_chunks = -(-max(slots) // size)
-    # After this layer's rows are known, and not for all layers when the program begins.
-    first, _ = jax.lax.optimization_barrier((tier.first, tier.new_k))
-    chunk = jnp.arange(n_chunks, dtype=jnp.int32)
-    chunk = jnp.where(chunk * size < first[..., None], chunk, -1)
-
-    def put(rows: tuple[Array, ...], at: tuple[Array, ...], new: Array, entry: Array) -> tuple[Array, ...]:
-        b, h, c = at
-        c = jnp.where(entry >= 0, c, n_chunks)
-        return tuple(x.at[b, h, c].set(new[:, :, i], mode="drop") for i, x in enumerate(rows))
-
-    empty = jnp.zeros((batch, n_heads, n_chunks, size, head_dim), tier.new_k.dtype)
-    rows = _asked(tier, chunk, size, (empty, empty), put, whole=True)
-    return tuple(
-        x.reshape(batch, n_heads, -1, head_dim)[:, :, : max(slots)].reshape(batch, -1, head_dim) for x in rows
-    )
 
 
 def flush(tier: Tier, end: Int[Array, "B K"], slots: tuple[int, ...]) -> Tier:
