@@ -78,11 +78,6 @@ class Threshold:
     temperature: Float[Array, ""] | None = None
     group: int = struct.field(pytree_node=False, default=1)
 
-    @property
-    def alone(self) -> Float[Array, ""] | None:
-        """The level, where it says all: |x| of each channel by itself is compared with it; else None."""
-        return self.level if self.weight is None and self.temperature is None and self.group == 1 else None
-
     def scores(self, x: Shaped[Array, "... C"]) -> Float[Array, "... N"]:
         """Returns what is compared with the level, of each channel or group of them."""
         score = jnp.abs(x.astype(jnp.float32))

@@ -79,8 +79,7 @@ def block_order(active: Array, rows: int) -> tuple[Array, Array]:
 class MatvecSpec(Spec):
     """Sizes in the alphabet. zeros: exact share of each batch row, at places of its own.
 
-    quantized: int8 weights. gated: the case is one of `vmmsp`, else of `spvmm`. leveled: zeros are small
-    numbers, and a level says so.
+    quantized: int8 weights. gated: the case is one of `vmmsp`, else of `spvmm`.
     """
 
     batch: int
@@ -91,14 +90,12 @@ class MatvecSpec(Spec):
     quantized: bool = False
     uses: tuple[str, ...] = ("test",)
     gated: bool = field(default=False, kw_only=True)
-    leveled: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
         """For example b1-f14336-m4096-z50-bfloat16."""
         kind = f"int8-{self.dtype}" if self.quantized else self.dtype
-        level = "-level" if self.leveled else ""
-        return f"b{self.batch}-f{self.rows}-m{self.width}-z{100 * self.zeros:.0f}-{kind}{level}"
+        return f"b{self.batch}-f{self.rows}-m{self.width}-z{100 * self.zeros:.0f}-{kind}"
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs; rows of weights that no batch row needs are NaN."""
@@ -106,11 +103,8 @@ class MatvecSpec(Spec):
         shape = (self.batch, self.rows)
         rank = jnp.argsort(jnp.argsort(jax.random.uniform(keys[0], shape), axis=1), axis=1)
         alive = rank >= round(self.zeros * self.rows)
-        values = jax.random.normal(keys[1], shape)
-        small = 0.4 * jnp.tanh(values) if self.leveled else 0.0
-        large = values + jnp.sign(values) if self.leveled else values
-        sparse = jnp.where(alive, large, small).astype(self.dtype)
-        made = {"gate" if self.gated else "x": sparse} | ({"level": jnp.float32(0.5)} if self.leveled else {})
+        sparse = jnp.where(alive, jax.random.normal(keys[1], shape), 0.0).astype(self.dtype)
+        made = {"gate" if self.gated else "x": sparse}
         if self.gated:
             made["x"] = jax.random.normal(keys[2], (self.batch, self.width), self.dtype)
         weights = "w_t" if self.gated else "w"

@@ -71,20 +71,17 @@ class Linear(nn.Module):
         sparse: x is mostly 0. gate: is mostly 0.
         """
         self.sow("activations", "in", x)
-        threshold, level = self.get_variable("thresholds", "in"), None
-        turned = self.has_variable("params", "kernel_t")
-        if threshold is not None:
-            level, sparse = threshold.alone if _is_step(x) and not turned else None, True
-            x = threshold(x) if level is None else x
+        if (threshold := self.get_variable("thresholds", "in")) is not None:
+            x, sparse = threshold(x), True
         normal, scale = nn.initializers.lecun_normal(), None
         if self.has_variable("params", "kernel_scale"):
             scale = self.param("kernel_scale", nn.initializers.ones, (1, self.features), jnp.float32)[0]
-        if turned:
+        if self.has_variable("params", "kernel_t"):
             kernel = self.param("kernel_t", normal, (self.features, x.shape[-1]), x.dtype)
             return _gated(x, gate, kernel, scale)
         kernel = self.param("kernel", normal, (x.shape[-1], self.features), x.dtype)
         if (sparse or scale is not None) and _is_step(x):
-            y = spvmm(x[:, 0], kernel, scale=scale, level=level)[:, None]
+            y = spvmm(x[:, 0], kernel, scale=scale)[:, None]
         else:
             y = _scaled(_product(x, kernel.astype(x.dtype)), scale)
         if self.bias:

@@ -14,7 +14,6 @@ def spvmm(
     w: Shaped[Array, "_ M"],
     *,
     scale: Float[Array, "..."] | None = None,
-    level: Float[Array, ""] | None = None,
     impl: str | None = None,
 ) -> Float[Array, "B M"]:
     """Returns x·w, where row f of w is not read if x[:, f] is 0 in the whole batch.
@@ -26,7 +25,6 @@ def spvmm(
         x: activations, most of them exactly 0; kernels take batches up to 8.
         w: weights [F M] of x's type, or int8.
         scale: of int8 weights, one per output channel, [M].
-        level: what is smaller in magnitude counts as 0; NaN does not.
         impl: None, "reference", "gpu" or "tpu", see `dispatch`.
 
     Raises:
@@ -47,4 +45,4 @@ def spvmm(
     """
     check_weights(x, x, w, scale, w.shape[1])
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
-    return dispatch.run("spvmm", impl, impls, x, w, scale, level)
+    return dispatch.run("spvmm", impl, impls, x, w, scale)

@@ -30,7 +30,7 @@ class Settings:
     warps: int = 8
 
 
-def run(x, w, scale, level):
+def run(x, w, scale):
     """Returns what `reference.run` returns.
 
     Raises:
@@ -54,7 +54,7 @@ def run(x, w, scale, level):
     part = jax.ShapeDtypeStruct((spans, batch, width), x.dtype if spans == 1 else jnp.float32)
     out = gpu_call(
         functools.partial(_batch if batch > 1 else _one, **sizes),
-        x, w, scale, None if level is None else level.reshape(1),
+        x, w, scale,
         grid=(n_tiles, spans),  # neighbouring tiles run together: they read the same pages of memory
         out_shape=part, warps=chosen.warps, name="spvmm",
     )  # fmt: skip
@@ -70,19 +70,10 @@ def _weights(w_ref, row, column, needed):
     return triton.load(w_ref.at[row[:, None], column[None, :]], mask=mask, other=0)
 
 
-def _cut(level_ref):
-    """Returns a function that makes 0 what is below the level."""
-    if level_ref is None:
-        return lambda x: x
-    level = triton.load(level_ref.at[jnp.int32(0)])
-    return lambda x: jnp.where(jnp.abs(x.astype(jnp.float32)) < level, 0, x)
-
-
 def _one(
     x_ref,  # [1 F]
     w_ref,  # [F M]
     scale_ref,  # [M], or None
-    level_ref,  # [1], or None
     out_ref,  # [I 1 M] a sum per span
     *,
     rows: int,  # P, of one load
@@ -93,14 +84,14 @@ def _one(
     """Sums one tile of channels over one span of rows, for one batch row."""
     tile, span = program_id(0), program_id(1)
     n_rows, width = w_ref.shape
-    column, above = tile * columns + jnp.arange(columns), _cut(level_ref)
+    column = tile * columns + jnp.arange(columns)
 
     def place(i, j):
         return ((span * steps + i) * loads + j) * rows + jnp.arange(rows)
 
     def inputs(i, j):
         row = place(i, j)
-        return above(triton.load(x_ref.at[0, row], mask=(row < n_rows) & (i < steps), other=0))
+        return triton.load(x_ref.at[0, row], mask=(row < n_rows) & (i < steps), other=0)
 
     def step(i, carry):  # uses what the step before loaded, and loads for the next one in its place
         total, xs, ws = carry
@@ -124,7 +115,6 @@ def _batch(
     x_ref,  # [B F]
     w_ref,  # [F M]
     scale_ref,  # [M], or None
-    level_ref,  # [1], or None
     out_ref,  # [I B M] a sum per span
     *,
     rows: int,  # P
@@ -134,15 +124,15 @@ def _batch(
     """Sums one tile of channels over one span of rows, for a batch padded to 16 for the tensor cores."""
     tile, span = program_id(0), program_id(1)
     batch, (n_rows, width), dtype = x_ref.shape[0], w_ref.shape, x_ref.dtype
-    column, b, above = tile * columns + jnp.arange(columns), jnp.arange(16), _cut(level_ref)
+    column, b = tile * columns + jnp.arange(columns), jnp.arange(16)
     exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
     def step(i, total):  # [16 C]
         row = (span * steps + i) * rows + jnp.arange(rows)
-        each = [above(triton.load(x_ref.at[n, row], mask=row < n_rows, other=0)) for n in range(batch)]
-        needed = functools.reduce(jnp.logical_or, [x != 0 for x in each])
+        each = [triton.load(x_ref.at[n, row], mask=row < n_rows, other=0) != 0 for n in range(batch)]
+        needed = functools.reduce(jnp.logical_or, each)
         mask = (b < batch)[:, None] & (row < n_rows)[None, :]
-        x = above(triton.load(x_ref.at[b[:, None], row[None, :]], mask=mask, other=0))
+        x = triton.load(x_ref.at[b[:, None], row[None, :]], mask=mask, other=0)
         w = _weights(w_ref, row, column, needed).astype(dtype)
         return total + jnp.dot(x, w, precision=exact, preferred_element_type=jnp.float32)
 

@@ -6,10 +6,8 @@ import jax.numpy as jnp
 __all__ = ["run"]
 
 
-def run(x, w, scale, level):
+def run(x, w, scale):
     """Returns Σ_f x[b, f]·w[f, m]·scale[m] over the rows f that the batch needs: [B M]."""
-    if level is not None:
-        x = jnp.where(jnp.abs(x.astype(jnp.float32)) < level, 0, x)
     needed = jnp.any(x != 0, axis=0)
     w = jnp.where(needed[:, None], w.astype(jnp.float32), 0.0)  # 0·NaN is NaN
     out = jnp.einsum("bf,fm->bm", x.astype(jnp.float32), w, precision=jax.lax.Precision.HIGHEST)
