@@ -49,8 +49,9 @@ def synthetic(
     tokens: of the cache before those that thresholds are found on.
     """
     ids = prompts(model, 1, _TOKENS, seed)
-    state = state_of(model, Full(), 1, tokens, tokens + _TOKENS, seed)
     config, rng = model.config, np.random.default_rng(seed)
+    tokens = min(tokens, config.context_length - _TOKENS)
+    state = state_of(model, Full(), 1, tokens, tokens + _TOKENS, seed)
     lives = {}
     if rates is not None:
         at = np.linspace(0, 1, config.ffn_width)
