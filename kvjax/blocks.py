@@ -82,6 +82,12 @@ class BlockFile:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
+    def erase(self, number: int) -> None:
+        """Breaks the seal of a block, if there is one."""
+        place = (number + 2) * self.stride - ALIGN
+        if any(os.pread(self.handle, ALIGN, place)):
+            os.pwrite(self.handle, bytes(ALIGN), place)
+
     def sync(self) -> None:
         """Waits until all that was written is on the disk."""
         os.fsync(self.handle)

@@ -282,6 +282,14 @@ class Store:
                     n += 1
             self.end[row, head] = n * self.layout.chunk
 
+    def forget(self) -> None:
+        """Breaks the seals of chunks on the disk beyond the ends, whose tokens others will follow."""
+        for row, head in np.ndindex(*self.end.shape):
+            first = (row * self.layout.n_heads + head) * self.layout.n_chunks
+            for chunk in range(self.end[row, head] // self.layout.chunk, self.layout.n_chunks):
+                for file in self._files:
+                    file.erase(first + chunk)
+
     def verify(self) -> None:
         """Reads all full chunks, in 4 bits as well; `check` or this raises what is damaged."""
         self.everything()

@@ -200,6 +200,7 @@ def _recovered(folder: Path, about: Mapping[str, Any], model: Model, method: Cac
         end = np.min([store.end.min(1) for store in own.stores.values()], axis=0)
         for store in own.stores.values():
             store.end[:] = end[:, None]
+            store.forget()
         return tuple(
             _rebuilt(m, kv, store)
             for m, kv, store in zip(_kinds(model, method)[0], state, own.stores.values(), strict=True)
@@ -250,6 +251,7 @@ def _with_rows(own: disk.Disk, index: int, kv: KV, rest: Sequence, empty: KV) ->
     kv = disk.reopened(own, index, kv.replace(tier=empty.tier.replace(first=jnp.array(kv.fill))))
     store = own.stores[index]
     store.end[:], store.tail[:] = (np.asarray(x) for x in rest)
+    store.forget()
     return kv
 
 

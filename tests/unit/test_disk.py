@@ -307,3 +307,13 @@ def test_what_was_sealed_is_found_after_a_crash(tmp_path):
     read(mixed)
     with pytest.raises(ValueError, match="read the tokens anew"):
         recover_context(tmp_path / "d", MODEL, mixed)
+
+
+def test_tokens_that_others_have_followed_are_not_found(tmp_path):
+    method = on_disk(tmp_path, topk=1.0)
+    _, logits, state = read(method)
+    save_context(tmp_path, MODEL, method, state)
+    kvjax.decode(MODEL, logits, state, method, np.full((2, 24), 5))  # up to 129 and 138 tokens, not saved
+    state = load_context(tmp_path, MODEL, method).state
+    kvjax.decode(MODEL, logits, state, method, np.full((2, 10), 6))  # up to 115 and 124
+    assert recover_context(tmp_path, MODEL, method).state[0].seen.tolist() == [112, 120]
