@@ -8,8 +8,8 @@ that was not evaluated is among the best n.
 
 Source: LeoAM (arXiv 2506.20187), one evaluation for many tokens that do not matter. Deviations: the paper
 gives no formulas; ours leaves nothing out that an evaluation of all leaves would find. A root whose lower
-bound would take all of its leaves at once did not occur on SmolLM2 (experiments/leoam_recall.py), so it is
-not looked for.
+bound would take all of its leaves at once did not occur on three models (experiments/leoam_recall.py), so
+it is not looked for.
 """
 
 import jax
