@@ -48,8 +48,8 @@ class Pace:
         Example:
             >>> pace = Pace()
             >>> pace.rate, pace.compute_s = 1e9, 0.01
-            >>> pace.share(n_bytes=20_000_000, small_bytes=5_000_000)  # 20 ms to bring into 10
-            0.6666666666666666
+            >>> round(pace.share(n_bytes=20_000_000, small_bytes=5_000_000), 3)  # 20 ms to bring into 10
+            0.667
         """
         if self.rate is None or self.compute_s is None:
             return 0.0

@@ -58,7 +58,7 @@ def leaf_scores(keys, mass, q, slots, shape: Shape) -> list[np.ndarray]:
     return found
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(every_shape, every_slots, st.integers(0, 9))
 def test_scores_are_their_definition(shape, slots, seed):
     keys, mass = filled(seed, slots)
@@ -68,7 +68,7 @@ def test_scores_are_their_definition(shape, slots, seed):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(every_shape, every_slots, st.integers(0, 9))
 def test_bounds_bound(shape, slots, seed):
     """No key of a leaf scores above it, but where it has means; and no leaf above its root."""
@@ -95,7 +95,7 @@ def test_bounds_bound(shape, slots, seed):
             assert (score <= per_leaf + 1e-5).all()
 
 
-@settings(max_examples=10)  # each compiles
+@settings(max_examples=5)  # each compiles
 @given(every_shape, every_slots, st.integers(1, 6), st.integers(0, 30), st.booleans(), st.booleans())
 def test_descent_finds_what_an_evaluation_of_all_leaves_finds(shape, slots, n, seed, few, whole):
     """Keys and queries of whole numbers have many equal bounds: of these, too, the same ones are found."""
@@ -126,7 +126,7 @@ def test_descent_finds_what_an_evaluation_of_all_leaves_finds(shape, slots, n, s
             assert (got[(got >= 0).sum() :] == -1).all()
 
 
-@settings(max_examples=10)  # each compiles
+@settings(max_examples=5)  # each compiles
 @given(
     every_shape, every_slots, st.lists(st.sampled_from([1, 2, 7]), min_size=1, max_size=6), st.integers(0, 9)
 )

@@ -105,7 +105,7 @@ def append(one, n):
     one.append(one.end.copy(), np.stack(rows).reshape(2, 3, n, 2, 64), end)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_a_store_gives_back_what_it_was_given(tmp_path_factory, data):
     one = store(tmp_path_factory.mktemp("store"), data.draw(st.integers(1, 40)))
