@@ -248,7 +248,9 @@ def _load(folder: Path, about: Mapping[str, Any], model: Model, method: CacheMet
 
 def _with_rows(own: disk.Disk, index: int, kv: KV, rest: Sequence, empty: KV) -> KV:
     """Returns a layer's state with its rows, which lie on the disk."""
-    kv = disk.reopened(own, index, kv.replace(tier=empty.tier.replace(first=jnp.array(kv.fill))))
+    aux = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), kv.aux, empty.aux)
+    kv = kv.replace(aux=aux, tier=empty.tier.replace(first=jnp.array(kv.fill)))
+    kv = disk.reopened(own, index, kv)
     store = own.stores[index]
     store.end[:], store.tail[:] = (np.asarray(x) for x in rest)
     store.forget()

@@ -170,7 +170,7 @@ def prefill(
         _check_room(state, methods, ids.shape[1])
         state = _widen(state, program, ids.shape[1]) if compress == "end" else state
     pos = _positions(ids, state)
-    state = settle(state, chunk)
+    state = settle(state, methods, chunk)
     for start in range(0, ids.shape[1], chunk):
         part, last = slice(start, start + chunk), start + chunk == ids.shape[1]
         if compress == "chunk":
@@ -178,7 +178,7 @@ def prefill(
         logits, state, queries = _read(
             model.variables, ids[:, part], pos[:, part], state, program=program, n_queries=n_queries
         )
-        state = settle(state, tiers.STEPS if last else chunk)
+        state = settle(state, methods, tiers.STEPS if last else chunk)
         if compress == "chunk" or last:
             state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), program)
     return logits[:, 0], state
@@ -202,17 +202,24 @@ def read(
     if (ids < 0).any():
         raise ValueError("logits take rows of one length, got padding: call once per length")
     pos = np.asarray(state[0].seen)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
-    program, state = Program.of(model, method), settle(state, ids.shape[1])
+    program = Program.of(model, method)
+    state = settle(state, program.methods, ids.shape[1])
     logits, state, _ = _read(model.variables, ids, pos, state, program=program, last_only=False)
-    return logits, settle(state)
+    return logits, settle(state, program.methods)
 
 
-def settle(state: State, room: int = tiers.STEPS) -> State:
-    """Moves to the host what programs have staged; the next one may stage `room` tokens."""
+def settle(state: State, methods: Sequence[CacheMethod], room: int = tiers.STEPS) -> State:
+    """Moves off the device what programs have staged; the next one may stage `room` tokens."""
     for kv in filter(disk.on_disk, state):
         disk.append(kv)
-    flushed = (kv if kv.tier is None else _flush(kv) for kv in state)
-    return tuple(kv if kv.tier is None else kv.replace(tier=tiers.resize(kv.tier, room)) for kv in flushed)
+    return tuple(
+        kv if kv.tier is None else _settled(kv, m, room) for kv, m in zip(state, methods, strict=True)
+    )
+
+
+def _settled(kv: KV, method: CacheMethod, room: int) -> KV:
+    kv = _flush(kv)
+    return method.settled(kv.replace(tier=tiers.resize(kv.tier, room)), room)
 
 
 @functools.partial(jax.jit, donate_argnames="kv")
@@ -364,8 +371,9 @@ def decode_step(
     disk.check(state)
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
-    logits, state = _step(model.variables, ids, pos, state, program=Program.of(model, method))
-    return logits, settle(state)
+    program = Program.of(model, method)
+    logits, state = _step(model.variables, ids, pos, state, program=program)
+    return logits, settle(state, program.methods)
 
 
 def decode(
@@ -401,16 +409,18 @@ def decode(
         ' Paris.'
     """
     steps = forced.shape[1] if steps is None else steps
-    options = {"program": Program.of(model, method), "keep_logits": keep_logits}
+    program = Program.of(model, method)
+    options = {"program": program, "keep_logits": keep_logits}
     run = functools.partial(_decode, model.variables, limits=sampling.limits(), **options)
     forced = np.asarray(forced, np.int32)
     if all(kv.tier is None for kv in state):
         return run(logits, state, forced, np.int32(steps))
-    return _decode_parts(run, logits, state, forced, steps, sampling.stop or ())
+    return _decode_parts(run, program.methods, logits, state, forced, steps, sampling.stop or ())
 
 
 def _decode_parts(
     run: Callable[..., tuple],
+    methods: Sequence[CacheMethod],
     logits: Array,
     state: State,
     forced: np.ndarray,
@@ -424,7 +434,7 @@ def _decode_parts(
         part = np.where(ended, -2, forced[:, start : start + tiers.STEPS])
         n = min(max(steps - start, 0), part.shape[1])
         taken, logits, state, seen = run(logits, state, part, np.int32(n))
-        state = settle(state)
+        state = settle(state, methods)
         tokens.append(taken)
         kept.append(seen)
         last = np.asarray(taken)[:, [n - 1]]

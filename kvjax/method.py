@@ -151,6 +151,13 @@ class CacheMethod(abc.ABC):
         """Returns what these queries read, None = every slot."""
         return None
 
+    def settled(self, kv: KV, room: int) -> KV:
+        """Moves what the method keeps off the device, between programs; the next takes `room` tokens at most.
+
+        Runs outside of programs, after rows were moved. The given state is consumed.
+        """
+        return kv
+
     def moved(self, kv: KV, idx: jax.Array | None) -> KV:
         """Refreshes the index after slots moved: idx holds the old packed rows, -1 = new.
 

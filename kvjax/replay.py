@@ -103,12 +103,13 @@ def read(
             _empty(pos, layer, m, total, pos.shape[1] + later, model.dtype)
             for layer, m in zip(layers(model.config), methods, strict=True)
         )
-    state = settle(state, -(-pos.shape[1] // chunk) * chunk)
+    state = settle(state, methods, -(-pos.shape[1] // chunk) * chunk)
     return settle(
         tuple(
             _read_layer(kv, r, pos, method=m, chunk=chunk)
             for kv, r, m in zip(state, records, methods, strict=True)
-        )
+        ),
+        methods,
     )
 
 

@@ -21,6 +21,7 @@ leaves would choose, the tree only saves evaluations; no root is taken whole; si
 beforehand (`kvjax.calibrate.chunks`), and do not change while decoding.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,12 +32,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from kvjax import cache, chunk_search, chunk_tree, storage, tiers
+from kvjax import cache, chunk_search, chunk_tree, far_tree, storage, tiers
 from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
 from kvjax.chunk_store import Layout
-from kvjax.chunk_tree import Shape
+from kvjax.chunk_tree import Shape, Tree
 from kvjax.disk import Remote
+from kvjax.far_tree import FarTree
 from kvjax.method import CacheMethod
 from kvjax.rope import rotate
 from kvjax.shapes import Positions, Queries, Slots, Tokens
@@ -50,7 +52,9 @@ _TIERS = ("device", "host", "disk")
 
 @dataclass(frozen=True)
 class LeoAM(CacheMethod):
-    """Reads `topk` tokens of each KV head and step, in leaves. aux: `Tree`, none in layers read in full.
+    """Reads `topk` tokens of each KV head and step, in leaves.
+
+    aux: `Tree`, `FarTree` where abstracts lie on the host, none in layers read in full.
 
     Args:
         topk: tokens, or a share of those seen; None reads all, which is what the first layers may do.
@@ -63,8 +67,10 @@ class LeoAM(CacheMethod):
         n_sinks: first tokens that are always read.
         dense_layers: first layers that are read in full.
         tier: where K and V of the other layers lie, "device", "host" or "disk".
-        device_budget: off the device, bytes that it holds of the whole model, K and V and abstracts, in equal
-            parts for its layers; None for twice the K and V that a step may read.
+        abstracts: where abstracts lie, "device", or "host", which K and V are off the device for: then every
+            step has them copied, a layer at a time.
+        device_budget: off the device, bytes that it holds of all that lasts from step to step of the whole
+            model's state, in equal parts for its layers; None for twice the K and V that a step may read.
         host_budget: with a disk, bytes of K and V that the host holds; None for all.
         disk: a folder, of one state; giving it makes the tier "disk".
         chunk: tokens of a KV head that the disk writes and reads together, a multiple of leaf.
@@ -81,6 +87,7 @@ class LeoAM(CacheMethod):
     n_sinks: int = 16
     dense_layers: int = 0
     tier: str = "device"
+    abstracts: str = "device"
     device_budget: int | None = field(default=None, repr=False)  # what a context is opened with may differ
     host_budget: int | None = field(default=None, repr=False)
     disk: str | None = field(default=None, repr=False, compare=False)
@@ -108,6 +115,8 @@ class LeoAM(CacheMethod):
             )
         for leaf, root, points in self._table():
             Shape(leaf, root, self.pairs, points)
+            if root is not None and self.abstracts == "host":
+                raise ValueError(f"roots need abstracts on the device, got {self.abstracts=} for {root=}")
             if self.disk is not None and self.chunk % leaf:
                 raise ValueError(f"a chunk holds whole leaves, got {self.chunk=} for {leaf=}")
         self._check_tiers()
@@ -126,6 +135,11 @@ class LeoAM(CacheMethod):
             raise ValueError(
                 'K and V lie on the "device", the "host", or a "disk" with its folder, got '
                 f"{self.tier=}, {self.disk=}"
+            )
+        if self.abstracts not in _TIERS[:2] or (self.abstracts == "host" and self.tier == "device"):
+            raise ValueError(
+                'abstracts lie on the "device", or on the "host" if K and V are not on the device, got '
+                f"{self.abstracts=}, {self.tier=}"
             )
         given = {name: getattr(self, name) for name in ("device_budget", "host_budget")}
         if any(x is not None and x < 1 for x in given.values()):
@@ -174,30 +188,49 @@ class LeoAM(CacheMethod):
             raise ValueError(f"topk is at most the slots of a head, {max(slots)}, got {self.topk=}: lower it")
         away = self.tier != "device" and self.topk is not None
         host = self._host(layer, batch, slots, dtype) if away else None
+        return self._empty(layer, batch, slots, dtype, host)
+
+    def _empty(
+        self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any, host: tiers.Host | None
+    ) -> KV:
+        """Returns an empty state that lies there."""
         kv = cache.allocate(layer, batch, slots, dtype, rotated=self.rotated, host=host)
         if self.topk is None:
             return kv
-        return kv.replace(aux=chunk_tree.empty(batch, layer.head_dim, dtype, kv.slots, self.shape))
+        tree = chunk_tree.empty(batch, layer.head_dim, dtype, kv.slots, self.shape)
+        return kv.replace(aux=self._placed(tree, kv.fill, kv.slots))
+
+    def _placed(self, tree: Tree, end: Int[Array, "B K"], slots: tuple[int, ...]) -> Tree | FarTree:
+        """Returns the tree where abstracts lie."""
+        if self.abstracts == "device":
+            return tree
+        return far_tree.put(tree, end, slots, self.shape, tiers.STEPS)
 
     def _host(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> tiers.Host:
         """Returns how a layer lies on the host."""
         n_leaves = max(self.shape.n_leaves(slots))
         needed = min(self._count(max(slots)) + self._n_forced, n_leaves)
-        leaf_bytes = 2 * self.leaf * layer.head_dim * jnp.dtype(dtype).itemsize
-        line_bytes = batch * layer.n_kv_heads * leaf_bytes  # of a line of each head
-        abstracts = jax.eval_shape(
-            lambda: chunk_tree.empty(batch, layer.head_dim, dtype, tuple(slots), self.shape)
-        )
-        beside = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstracts))
+        remote = self._remote(layer, batch, slots, dtype) if self.tier == "disk" else None
+        how = functools.partial(tiers.Host, block=self.leaf, remote=remote)
+        beside, least = (self._device_bytes(layer, batch, slots, dtype, how(n)) for n in (0, needed))
+        line_bytes = (least - beside) // needed  # of a line of each head
         lines = 2 * needed if self.device_budget is None else (self.device_budget - beside) // line_bytes
         if lines < needed:
             raise ValueError(
-                "the device holds the abstracts and what a step may read, "
-                f"{needed * line_bytes + beside} bytes of a layer, got {self.device_budget}: raise "
-                "device_budget to as much for each of the model's layers, or lower topk"
+                "the device holds abstracts, positions, masses and what a step may read, "
+                f"{least} bytes of a layer, got {self.device_budget}: raise device_budget to as much for "
+                "each of the model's layers, or lower topk"
             )
-        remote = self._remote(layer, batch, slots, dtype) if self.tier == "disk" else None
-        return tiers.Host(min(lines, n_leaves), block=self.leaf, keep=True, remote=remote)
+        return how(min(lines, n_leaves))
+
+    def _device_bytes(
+        self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any, how: tiers.Host
+    ) -> int:
+        """Returns the bytes of a state on the device."""
+        kv = jax.eval_shape(lambda: self._empty(layer, batch, slots, dtype, how))
+        aux = (kv.aux.new, kv.aux.first) if isinstance(kv.aux, FarTree) else kv.aux
+        here = kv.replace(aux=aux, tier=kv.tier.replace(far=None))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(here))
 
     def _remote(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> Remote:
         """Returns how a layer lies on the disk."""
@@ -221,13 +254,21 @@ class LeoAM(CacheMethod):
             return kv
         keys = rotate(k, jnp.broadcast_to(pos[:, :, None], k.shape[:3]), kv.layer.rope)
         keys = jnp.swapaxes(keys, 1, 2)
-        return kv.replace(aux=chunk_tree.refresh(kv.aux, keys, idx, kv.mass, kv.slots, self.shape))
+        refresh = far_tree.refresh if isinstance(kv.aux, FarTree) else chunk_tree.refresh
+        return kv.replace(aux=refresh(kv.aux, keys, idx, kv.mass, kv.slots, self.shape))
+
+    def settled(self, kv: KV, room: int) -> KV:
+        """Moves the abstracts of full leaves to the host, where they lie there."""
+        if not isinstance(kv.aux, FarTree):
+            return kv
+        return kv.replace(aux=far_tree.settled(kv.aux, kv.fill, room, kv.slots, self.shape))
 
     def moved(self, kv: KV, idx: jax.Array | None) -> KV:
         """Makes the tree anew."""
         if self.topk is None or kv.tier is not None:
             return kv
-        return kv.replace(aux=chunk_tree.build(storage.read(kv.k), kv.mass, kv.slots, self.shape))
+        tree = chunk_tree.build(storage.read(kv.k), kv.mass, kv.slots, self.shape)
+        return kv.replace(aux=self._placed(tree, kv.fill, kv.slots))
 
     def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
         """Returns the leaves that this query reads; prompts (T > 1) read all."""
@@ -240,7 +281,10 @@ class LeoAM(CacheMethod):
         q = rotate(q, jnp.broadcast_to(pos[:, :, None, None], q.shape[:4]), kv.layer.rope)[:, 0]
         n, forced = self._count(max(kv.slots)), self._forced(kv)
         count = None if isinstance(self.topk, int) else jnp.minimum(self._count(kv.seen), n)
-        return chunk_search.best(kv.aux, q, forced, n, kv.slots, self.shape, count)
+        tree = kv.aux
+        if isinstance(tree, FarTree):
+            tree, q = far_tree.near(tree, q, kv.slots, self.shape)
+        return chunk_search.best(tree, q, forced, n, kv.slots, self.shape, count)
 
     def _forced(self, kv: KV) -> Int[Array, "B K F"]:
         """Returns the leaves of the newest tokens and of the first; -1 = none."""

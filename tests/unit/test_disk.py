@@ -23,6 +23,7 @@ from kvjax.chunk_store import Layout, Store
 from kvjax.contexts import load_context, recover_context, save_context
 from kvjax.disk_pace import Pace
 from kvjax.methods.leoam import LeoAM
+from pallas_kernels.host import on_host
 
 MODEL = MODELS["G2"]
 IDS = np.random.default_rng(0).integers(0, 90, (2, 90)).astype(np.int32)
@@ -56,6 +57,7 @@ def plain(tmp_path_factory):
         {"ahead": False},
         {"device_budget": 180_000, "host_budget": 70_000},
         {"host_budget": 100_000, "chunk": 32},
+        {"device_budget": 180_000, "host_budget": 70_000, "abstracts": "host", "root": None},
     ],
 )
 def test_any_budgets_give_the_same_bits(tmp_path, plain, more):
@@ -197,17 +199,19 @@ def test_damage_without_tokens_is_refused(tmp_path):
         load_context(tmp_path, MODEL, method)
 
 
-def test_a_context_is_opened_with_other_budgets_and_goes_on(tmp_path):
-    method = on_disk(tmp_path)
+@pytest.mark.parametrize("where", [{}, {"abstracts": "host", "root": None}])
+def test_a_context_is_opened_with_other_budgets_and_goes_on(tmp_path, where):
+    method = on_disk(tmp_path, **where)
     _, logits, state = read(method)
     save_context(tmp_path, MODEL, method, state)
     forced = np.full((2, 15), -1)
     ours = np.asarray(kvjax.decode(MODEL, logits, state, method, forced, keep_logits=True)[3])
     for more in ({}, {"host_budget": 70_000, "device_budget": 180_000, "ahead": False}):
-        other = on_disk(tmp_path, **more)
+        other = on_disk(tmp_path, **where, **more)
         found = load_context(tmp_path, MODEL, other)
         theirs = kvjax.decode(MODEL, logits, found.state, other, forced, keep_logits=True)[3]
         np.testing.assert_array_equal(ours, theirs)
+        assert on_host(found.state[0].aux) == bool(where)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["00000001", "00000002", "lock", "manifest.json"]
 
@@ -284,12 +288,13 @@ def test_a_slow_disk_changes_nothing_but_the_time(tmp_path, monkeypatch, plain):
     assert sum(t.waited_s for t in disk.traffic(state)) > 0
 
 
-def test_what_was_sealed_is_found_after_a_crash(tmp_path):
-    method = on_disk(tmp_path / "a", topk=1.0)  # so that steps read as prompts do
+@pytest.mark.parametrize("where", [{}, {"abstracts": "host", "root": None}])
+def test_what_was_sealed_is_found_after_a_crash(tmp_path, where):
+    method = on_disk(tmp_path / "a", topk=1.0, **where)  # so that steps read as prompts do
     _, logits, state = read(method)
     disk.Disk.of(state).sync()
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    there = on_disk(tmp_path / "b", topk=1.0)
+    there = on_disk(tmp_path / "b", topk=1.0, **where)
     found = recover_context(tmp_path / "b", MODEL, there).state
     assert found[0].seen.tolist() == [104, 112]
     # with what was read of one row again, as if it had never stopped

@@ -72,3 +72,17 @@ def test_programs_for_a_gpu_write_to_the_host_in_place_and_copy_little_of_it(for
     assert read["host_copies"] == 6
     layer = 2 * 2 * 8 * 2048 * 128 * 2  # bytes of one layer on the device
     assert read["temp_size_in_bytes"] < 1.5 * 6 * layer  # a prompt reads layer by layer: all at once, 2.6
+
+
+def test_abstracts_on_the_host_are_written_in_place_and_copied_layer_by_layer(for_h100):
+    decode, flush = (for_h100[name, None] for name in ("decode with abstracts", "flush of abstracts"))
+    one = 2 * 2 * 8 * 2048 // 16 * 128 * 2  # bytes of a layer's boxes: low and high, rows, heads, leaves
+    rows = 2 * 2 * 8 * 2048 * 128 * 2
+    for line, size in ((flush, one), (decode, 6 * (rows + one))):
+        assert set(line["taken"].values()) == {"gpu"}
+        for kind in ("argument", "output", "alias"):
+            assert line[f"host_{kind}_size_in_bytes"] == size
+        assert line["host_temp_size_in_bytes"] == 0
+    assert flush["host_copies"] == 0
+    assert decode["host_copies"] == 2 * 6  # in the loop: each step copies the boxes of each layer
+    assert decode["temp_size_in_bytes"] < 2 * one  # and no more of them lie on the device

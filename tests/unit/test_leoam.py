@@ -1,5 +1,8 @@
 """LeoAM against its definition, what it must always read, and where it must equal dense attention."""
 
+import re
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +11,10 @@ from hypothesis import strategies as st
 from method_cases import MODELS, NEW, PROMPTS, run
 
 import kvjax
-from kvjax import cache, chunk_tree, tiers
+from kvjax import cache, chunk_tree, measure, tiers
+from kvjax.far_tree import FarTree
 from kvjax.methods.leoam import LeoAM
+from pallas_kernels.host import on_host
 
 MODEL = MODELS["G2"]
 TOTAL = 128 + NEW  # the prompt is padded to a power of two
@@ -84,14 +89,21 @@ def test_reading_all_is_dense_attention(topk, tier):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"pairs": 2, "points": True}, {"root": None}, {"leaf": 8, "topk": 0.3}]
+    ("changes", "where"),
+    [
+        ({}, {}),
+        ({"pairs": 2, "points": True}, {}),
+        ({"root": None}, {"abstracts": "host"}),
+        ({"leaf": 8, "topk": 0.3, "root": None, "pairs": 2, "points": True}, {"abstracts": "host"}),
+    ],
 )
-def test_the_host_gives_what_the_device_gives(changes):
+def test_the_host_gives_what_the_device_gives(changes, where):
     device, _ = run(MODEL, leoam(**changes))
-    host, state = run(MODEL, leoam(**changes, tier="host"))
+    host, state = run(MODEL, leoam(**changes, **where, tier="host"))
     np.testing.assert_array_equal(host, device)
     assert tiers.hit_rate(state) > 0.5
     assert state[0].k is None
+    assert on_host(state[0].aux) == bool(where)
 
 
 @pytest.mark.parametrize("points", [False, True])
@@ -112,6 +124,7 @@ def test_heads_of_unequal_slots_are_searched_alike():
     method = leoam(12)
     even, ragged = chosen(30, method), chosen(30, method, (60, 33))
     assert even == ragged
+    assert chosen(30, leoam(12, root=None, tier="host", abstracts="host"), (60, 33)) == even
 
 
 def test_the_tree_saves_evaluations_and_changes_nothing():
@@ -138,19 +151,23 @@ def test_a_disk_is_a_tier():
     assert LeoAM(disk="a folder", host_budget=10).tier == "disk"
 
 
-def abstracts_bytes(batch: int, slots: int) -> int:
-    """The bytes of a layer's tree."""
-    return batch * 2 * 2 * (-(-slots // 4) + -(-slots // 16)) * 16 * 4  # heads, low and high; float32
+def device_bytes(kv: cache.KV) -> int:
+    """The bytes of a layer's state that lie on the device."""
+    far = [kv.tier.far, kv.aux.far if isinstance(kv.aux, FarTree) else None]
+    return measure.nbytes(kv) - measure.nbytes(far)
 
 
-def test_the_device_holds_as_many_lines_as_its_bytes():
-    line_bytes = 2 * 2 * 2 * 4 * 16 * 4  # K and V, layers, heads, tokens, channels, float32
-    method = leoam(8, tier="host", device_budget=line_bytes * 9 + 2 * abstracts_bytes(1, 200) + 5)
-    kv = method.for_layer(0, 2).init(LAYER, 1, (200, 200), jnp.float32)
-    assert kv.tier.held.shape == (1, 2, 9)
-    assert (
-        leoam(8, tier="host").for_layer(0, 2).init(LAYER, 1, (200, 200), jnp.float32).tier.held.shape[2] == 12
-    )
+@pytest.mark.parametrize("where", [{}, {"abstracts": "host", "root": None}])
+def test_the_device_holds_as_many_lines_as_its_bytes(where):
+    method, held = leoam(8, tier="host", **where), {}
+    for budget in (None, 120_000):
+        own = replace(method, device_budget=budget).for_layer(0, 2)
+        kv = own.init(LAYER, 1, (200, 200), jnp.float32)
+        held[budget] = kv.tier.held.shape[2]
+    assert held[None] == 12
+    assert held[120_000] > 12
+    line_bytes = 2 * (2 * 4 * 16 * 4 + 8)  # heads; K and V, tokens, channels, float32; what and when
+    assert device_bytes(kv) <= 60_000 < device_bytes(kv) + line_bytes
 
 
 @pytest.mark.parametrize(
@@ -170,6 +187,9 @@ def test_the_device_holds_as_many_lines_as_its_bytes():
         ({"tier": "disk"}, "K and V lie on the .* with its folder, got self.tier='disk', self.disk=None"),
         ({"tier": "host", "device_budget": 0}, "budgets are bytes, 1 or more, or None"),
         ({"disk": "x", "host_budget": -5}, "budgets are bytes, 1 or more, or None"),
+        ({"abstracts": "disk", "tier": "host"}, 'abstracts lie on the "device", or on the "host"'),
+        ({"abstracts": "host", "root": None}, "if K and V are not on the device, got self.abstracts='host'"),
+        ({"abstracts": "host", "tier": "host"}, "roots need abstracts on the device, .* for root=16"),
         ({"device_budget": 9}, "device_budget is for K and V on the host or the disk"),
         ({"tier": "host", "host_budget": 9}, "host_budget for the disk, got .*: leave it out"),
     ],
@@ -187,8 +207,12 @@ def test_tables_of_another_model_are_refused():
 def test_what_cannot_be_held_is_refused():
     with pytest.raises(ValueError, match=f"topk is at most the slots of a head, {TOTAL}, got self.topk=141"):
         kvjax.prefill(MODEL, PROMPTS, leoam(TOTAL + 1), room=NEW)
-    needed = 2 * 2 * 2 * 4 * 16 * 4 * 6  # K and V, rows, heads, tokens, channels, float32; leaves
-    needed += abstracts_bytes(2, TOTAL)
-    message = f"what a step may read, {needed} bytes of a layer, got {needed - 1}: raise"
-    with pytest.raises(ValueError, match=message):
-        kvjax.prefill(MODEL, PROMPTS, leoam(tier="host", device_budget=2 * needed - 1), room=NEW)
+    with pytest.raises(
+        ValueError, match=r"what a step may read, \d* bytes of a layer, got 50: raise"
+    ) as told:
+        kvjax.prefill(MODEL, PROMPTS, leoam(tier="host", device_budget=100), room=NEW)
+    least = int(re.search("[0-9]+", str(told.value))[0])
+    _, state = kvjax.prefill(MODEL, PROMPTS, leoam(tier="host", device_budget=2 * least), room=NEW)
+    assert [device_bytes(kv) for kv in state] == [least, least]
+    with pytest.raises(ValueError, match=f"got {least - 1}: raise"):
+        kvjax.prefill(MODEL, PROMPTS, leoam(tier="host", device_budget=2 * least - 1), room=NEW)
