@@ -3,6 +3,8 @@
 Run by unit/test_host_programs.py, since some failures of these compilers end the process.
 """
 
+import functools
+import itertools
 import json
 import sys
 
@@ -11,8 +13,10 @@ import jax.numpy as jnp
 from method_cases import codebooks
 
 from experiments import decode_model
-from kvjax import loop, tiers
+from kvjax import far_tree, loop, tiers
+from kvjax.methods import layers, per_layer
 from kvjax.methods.a2ats import A2ATS
+from kvjax.methods.leoam import LeoAM
 from kvjax.sampling import Sampling
 from pallas_kernels import dispatch
 from pallas_kernels.host import on_host
@@ -43,10 +47,37 @@ def programs(at: Described):
     yield "flush of a chunk", loop._flush, (wide[0],), {}
 
 
+def leoam_programs(at: Described):
+    """Yields the programs that need LeoAM, in the same form."""
+    model = decode_model.abstract("tiny", decode_model.config_of("tiny", 2))
+    slots, steps = (SLOTS,) * model.config.n_kv_heads, {"limits": Sampling().limits(), "keep_logits": False}
+    for name, more in (
+        ("abstracts", {"tier": "host", "abstracts": "host"}),
+        ("a disk", {"disk": "a folder"}),
+    ):
+        method = LeoAM(64, **more)
+        parts = list(zip(per_layer(method, model.config), layers(model.config), strict=True))
+        make = functools.partial(init, parts, slots, model.dtype)
+        some = jax.ShapeDtypeStruct((BATCH, tiers.STEPS), jnp.int32)
+        logits = jax.ShapeDtypeStruct((BATCH, model.config.vocab_size), jnp.float32)
+        args = at.spread((model.variables, logits, jax.eval_shape(make), some))
+        program = {"program": loop.Program.of(model, method)}
+        yield f"steps with {name}", loop._decode, (*args, jnp.int32(3)), program | steps
+        kv = args[2][0]
+        if method.abstracts == "host":
+            tree, options = kv.aux, {"room": tiers.STEPS, "slots": kv.slots, "shape": method.shape}
+            yield f"flush of {name}", far_tree._settled, (tree.far, tree.new, tree.first, kv.fill), options
+
+
+def init(parts, slots, dtype):
+    """The empty state of each layer, without the files that a disk's would have."""
+    return tuple(method.init(layer, BATCH, slots, dtype) for method, layer in parts)
+
+
 def main(device: str, *names: str) -> None:
     at = Described(device)
     with at.compiling():
-        for name, run, args, options in programs(at):
+        for name, run, args, options in itertools.chain(programs(at), leoam_programs(at)):
             if name not in names:
                 continue
             with dispatch.watch() as taken:
