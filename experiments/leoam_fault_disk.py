@@ -329,7 +329,7 @@ def _full_after(blocks_left: int) -> Iterator[list[int]]:
 @contextlib.contextmanager
 def _reading(case: str) -> Iterator[None]:
     """Makes a disk whose reads are short, fail, or wait."""
-    read, whole = os.preadv, BlockFile.read_into
+    read, whole = os.preadv, BlockFile.read_run
 
     def other(handle: int, places: list, at: int) -> int:
         if case == "error":
@@ -340,9 +340,9 @@ def _reading(case: str) -> Iterator[None]:
             return read(handle, [places[0][: blocks.ALIGN]], at)
         return min(read(handle, places, at), _PART)  # one past the cache reads whole pages
 
-    def late(*args: Any) -> memoryview:
+    def late(*args: Any) -> Iterator[memoryview]:
         time.sleep(_LATE_S)
         return whole(*args)
 
-    with _patched(BlockFile, "read_into", late) if case == "slow" else _patched(os, "preadv", other):
+    with _patched(BlockFile, "read_run", late) if case == "slow" else _patched(os, "preadv", other):
         yield

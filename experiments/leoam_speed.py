@@ -34,7 +34,7 @@ from experiments.leoam_synthetic import filled, spread, written
 from experiments.results import Results
 from kvjax import bandwidths, cache, disk, measure, tiers
 from kvjax.cache import KV, Layer
-from kvjax.chunk_store import Layout
+from kvjax.chunk_files import Layout
 from kvjax.disk import Disk, Remote
 from kvjax.disk_pace import Traffic
 from kvjax.loop import State

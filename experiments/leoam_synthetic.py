@@ -79,8 +79,8 @@ def written(model: Model, method: CacheMethod, batch: int, tokens: int, seen: in
         store.append(store.end.copy(), rows, store.end + n)
     store.sync()
     for i, other in own.stores.items():
-        for file, to in ((store.file, other.file), (store.small, other.small)):
-            if i and file is not None:
+        for file, to in zip(store.files.both, other.files.both, strict=True):
+            if i:
                 shutil.copyfile(file.path, to.path)
     own.close()
 
@@ -124,7 +124,7 @@ def _occupied(kv: KV, seen: int) -> KV:
 def _warm(store: Any) -> None:
     """Fills the pool: with the first chunks of every head."""
     at = store.layout
-    n = min(store.n_pool // (at.batch * at.n_heads), int(store.end.min()) // at.chunk)
+    n = min(len(store.pool) // (at.batch * at.n_heads), int(store.end.min()) // at.chunk)
     for chunk in range(n):
         row, head = (x.reshape(-1) for x in np.indices((at.batch, at.n_heads)))
         store.read(row, head, np.full(row.shape, chunk), at.chunk)

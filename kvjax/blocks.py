@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,12 +108,18 @@ class BlockFile:
             DamagedBlock: as `read`.
             OSError: where the disk fails.
         """
-        done, start = 0, (number + 1) * self.stride
-        while done < self.stride and (n := os.preadv(self.reader, [place[done:]], start + done)):
-            done += n
+        return next(self.read_run(number, 1, place))
+
+    def read_run(self, number: int, n: int, place: memoryview) -> Iterator[memoryview]:
+        """Reads n neighbouring blocks at once and yields their payloads; raises as `read_into`."""
+        done, size, start = 0, n * self.stride, (number + 1) * self.stride
+        while done < size and (some := os.preadv(self.reader, [place[done:size]], start + done)):
+            done += some
             if done % ALIGN:  # cut short: no read past the cache begins within a page
                 break
-        return _opened(place[:done], number, self.generation, self.stride, self.path)
+        for i in range(n):
+            raw = place[i * self.stride : min(done, (i + 1) * self.stride)]
+            yield _opened(raw, number + i, self.generation, self.stride, self.path)
 
 
 def create(path: Path, block_bytes: int, generation: int) -> BlockFile:

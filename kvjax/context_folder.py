@@ -2,7 +2,7 @@
 
 FOLDER/manifest.json        whose context this is, and which generation is whole; replaced in one step
 FOLDER/00000003/000.blocks  the arrays of layer 0, of generation 3, see `blocks`
-FOLDER/00000002/000.chunks  its rows, of a method that keeps them on disk, see `chunk_store`
+FOLDER/00000002/000.chunks  its rows, of a method that keeps them on disk, see `chunk_files`
 FOLDER/lock                 held by the process that writes
 """
 

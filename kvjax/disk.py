@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 from kvjax import blocks, context_folder
 from kvjax.blocks import DamagedBlock
 from kvjax.chunk_codes import bytes4
-from kvjax.chunk_store import Layout, Store
+from kvjax.chunk_files import Layout
+from kvjax.chunk_store import Store
 from kvjax.disk_pace import Pace, Traffic
 from kvjax.shapes import Leaf
 from pallas_kernels.backend import call_host

@@ -35,7 +35,7 @@ from jaxtyping import Array, Int
 from kvjax import cache, chunk_search, chunk_tree, far_tree, storage, tiers
 from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
-from kvjax.chunk_store import Layout
+from kvjax.chunk_files import Layout
 from kvjax.chunk_tree import Shape, Tree
 from kvjax.disk import Remote
 from kvjax.far_tree import FarTree

@@ -19,7 +19,8 @@ import kvjax
 from kvjax import blocks, disk, loop, tiers
 from kvjax.blocks import DamagedBlock
 from kvjax.chunk_codes import bytes4
-from kvjax.chunk_store import Layout, Store
+from kvjax.chunk_files import Layout
+from kvjax.chunk_store import Store
 from kvjax.contexts import load_context, recover_context, save_context
 from kvjax.disk_pace import Pace
 from kvjax.methods.leoam import LeoAM
@@ -135,7 +136,7 @@ def test_a_store_gives_back_what_it_was_given(tmp_path_factory, data):
 def test_four_bits_err_by_half_a_step_at_most_and_are_taken_as_time_asks(tmp_path):
     one = store(tmp_path, 6, int4=True)
     append(one, 100)
-    one.settle()
+    one.sync()
     row, head, leaf = (x.reshape(-1) for x in np.indices((2, 3, 6)))
     seen = []
     for compute_s in (10.0, 0.0):
@@ -276,13 +277,13 @@ def test_a_read_that_is_cut_short_is_named(tmp_path, monkeypatch):
 
 
 def test_a_slow_disk_changes_nothing_but_the_time(tmp_path, monkeypatch, plain):
-    whole = blocks.BlockFile.read_into
+    whole = blocks.BlockFile.read_run
 
-    def slow(self, number, place):
+    def slow(*args):
         time.sleep(0.002)
-        return whole(self, number, place)
+        return whole(*args)
 
-    monkeypatch.setattr(blocks.BlockFile, "read_into", slow)
+    monkeypatch.setattr(blocks.BlockFile, "read_run", slow)
     kept, _, state = read(on_disk(tmp_path, host_budget=70_000))
     np.testing.assert_array_equal(kept, plain)
     assert sum(t.waited_s for t in disk.traffic(state)) > 0
