@@ -14,7 +14,7 @@ from kvjax.models.decoder import Record
 from kvjax.rope import rotate
 from pallas_kernels import vq_assign
 
-__all__ = ["Book", "ranked"]
+__all__ = ["Asking", "Book", "ranked"]
 
 _PAGE = 16
 
@@ -28,42 +28,79 @@ class Book:
     rotated: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Asking:
+    """What queries of one document ask of one layer, and what is true."""
+
+    q: Float[Array, "Q K G D"]  # before their rotation
+    k: Float[Array, "T K D"]
+    turned: Float[Array, "Q K G D"]  # rotated
+    here: Float[Array, "T K D"]
+    at: Int[Array, " Q"]  # their positions
+    logit: Float[Array, "K G Q T"]
+    p: Float[Array, "K G Q T"]  # the attention
+    ranks: Bool[Array, "Q T"]  # the tokens that are ranked
+    always: Bool[Array, "Q T"]  # those that are read anyway
+    layer: Layer
+
+    @classmethod
+    def of(cls, record: Record, layer: Layer, settings: Any) -> "Asking":
+        """Asks.
+
+        record: of one row, [T ...]. settings: those of `Recall` that say who asks, and what is ranked.
+        """
+        length = len(record.k)
+        at = np.linspace(3 * length // 4, length, settings.queries + 1)[1:].astype(int) // _PAGE * _PAGE - 1
+        pos, at = jnp.arange(length), jnp.asarray(at)
+        q, k = record.q[at].astype(jnp.float32), record.k.astype(jnp.float32)
+        turned = rotate(q, jnp.broadcast_to(at[:, None, None], q.shape[:3]), layer.rope)
+        here = rotate(k, jnp.broadcast_to(pos[:, None], k.shape[:2]), layer.rope)
+        logit = _products(turned, here)
+        ranks = (pos >= settings.n_sinks) & (pos <= at[:, None] - settings.window)
+        seen = logit * layer.scale
+        if layer.softcap is not None:
+            seen = layer.softcap * jnp.tanh(seen / layer.softcap)
+        p = jax.nn.softmax(jnp.where(pos <= at[:, None], seen, -jnp.inf), axis=-1)
+        return cls(q, k, turned, here, at, logit, p, ranks, (pos <= at[:, None]) & ~ranks, layer)
+
+    def far(self, distance: int) -> Float[Array, "K G Q T"]:
+        """Returns the scores of all tokens as if they were so far away."""
+        return _products(self.turned_by(distance), self.k)
+
+    def turned_by(self, distance: int) -> Float[Array, "Q K G D"]:
+        """Returns the queries rotated by a distance."""
+        return rotate(self.q, jnp.full(self.q.shape[:3], distance), self.layer.rope)
+
+    def n(self, ratio: float) -> Int[Array, " Q"]:
+        """Returns how many tokens each query chooses."""
+        return jnp.maximum(1, jnp.floor(ratio * (self.at + 1))).astype(jnp.int32)
+
+    def compared(self, score: Float[Array, "K G Q T"], ratio: float) -> dict[str, Array]:
+        """Returns how a choice by these scores compares with the true one."""
+        n = self.n(ratio)
+        true = _top(self.logit, self.ranks, n)
+        return _compared(_top(score, self.ranks, n), true, self.always, self.p, n)
+
+
 def ranked(
     record: Record, books: Mapping[str, Book], layer: Layer, settings: Any
 ) -> Iterator[tuple[tuple[str, float], dict[str, float]]]:
-    """Yields (way, ratio) and the figures of one document in one layer.
-
-    record: of one row, [T ...]. settings: those of `Recall` that say who asks, and what is ranked.
-    """
-    length = len(record.k)
-    at = np.linspace(3 * length // 4, length, settings.queries + 1)[1:].astype(int) // _PAGE * _PAGE - 1
-    pos, at = jnp.arange(length), jnp.asarray(at)
-    q = record.q[at].astype(jnp.float32)  # [Q K G D]
-    k = record.k.astype(jnp.float32)  # [T K D]
-    turned = rotate(q, jnp.broadcast_to(at[:, None, None], q.shape[:3]), layer.rope)
-    far = rotate(q, jnp.full(q.shape[:3], settings.far), layer.rope)
-    here = rotate(k, jnp.broadcast_to(pos[:, None], k.shape[:2]), layer.rope)
-    logit = _products(turned, here)
-    ranks = (pos >= settings.n_sinks) & (pos <= at[:, None] - settings.window)  # [Q T]
-    always = (pos <= at[:, None]) & ~ranks
-    seen = jnp.where(pos <= at[:, None], logit * layer.scale, -jnp.inf)
-    if layer.softcap is not None:
-        seen = jnp.where(pos <= at[:, None], layer.softcap * jnp.tanh(seen / layer.softcap), -jnp.inf)
-    p = jax.nn.softmax(seen, axis=-1)
-    scores = {"exact": logit, "far": _products(far, k)}
+    """Yields (way, ratio) and the figures of one document in one layer; see `Asking.of`."""
+    asking = Asking.of(record, layer, settings)
+    far = asking.turned_by(settings.far)
+    scores = {"exact": asking.logit, "far": asking.far(settings.far)}
     for name, book in books.items():
-        scores[name] = _coded(turned if book.rotated else far, here if book.rotated else k, book)
+        turned = book.rotated
+        scores[name] = _coded(asking.turned if turned else far, asking.here if turned else asking.k, book)
     for ratio in settings.ratios:
-        n = jnp.maximum(1, jnp.floor(ratio * (at + 1))).astype(jnp.int32)
-        true = _top(logit, ranks, n)
         for name, score in scores.items():
-            chosen = _top(score, ranks, n)
-            values = _compared(chosen, true, always, p, n)
+            values = asking.compared(score, ratio)
             if name == "aware":
-                pages = jnp.ceil(values["read"] * (at + 1) / _PAGE).astype(jnp.int32)
+                pages = jnp.ceil(values["read"] * (asking.at + 1) / _PAGE).astype(jnp.int32)
             yield (name, ratio), {k: float(jnp.mean(x)) for k, x in values.items()}
-        chosen = _pages(turned, here, at, pages)
-        values = _compared(chosen & ranks, true, chosen, p, n)
+        n, chosen = asking.n(ratio), _pages(asking.turned, asking.here, asking.at, pages)
+        true = _top(asking.logit, asking.ranks, n)
+        values = _compared(chosen & asking.ranks, true, chosen, asking.p, n)
         yield ("quest", ratio), {k: float(jnp.mean(x)) for k, x in values.items()}
 
 

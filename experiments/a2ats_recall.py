@@ -15,6 +15,7 @@ import functools
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from kvjax.methods import layers
 from kvjax.models.decoder import Record
 from kvjax.rope import rotate
 
-__all__ = ["Recall", "recall"]
+__all__ = ["Recall", "recall", "records"]
 
 _NAMES = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
 _FIGURES = ("recall", "mass", "mass_union", "read")
@@ -122,7 +123,7 @@ class _Tried:
 
     @functools.cached_property
     def asked(self) -> list[tuple[Record, ...]]:
-        return _records(self.model, self.settings)
+        return records(self.model, self.settings)
 
     def figures(self, j: int) -> dict[float, dict[str, dict[str, float]]]:
         """Returns the figures of each ratio and way in a layer: means over documents, heads and queries."""
@@ -150,7 +151,11 @@ def _statistics(model: kvjax.Model, settings: Recall) -> statistics.Statistics:
     )  # fmt: skip
 
 
-def _records(model: kvjax.Model, settings: Recall) -> list[tuple[Record, ...]]:
+def records(model: kvjax.Model, settings: Any) -> list[tuple[Record, ...]]:
+    """Returns what each document's tokens attended with, by layer.
+
+    settings: `texts`, `docs`, `context` and `seed`.
+    """
     documents = text.documents(
         model.tokenizer, settings.texts, settings.docs, settings.context, settings.seed
     )

@@ -7,7 +7,7 @@ import pytest
 from method_cases import codebooks as random_codebooks
 
 import kvjax
-from experiments import a2ats, a2ats_hits, a2ats_quality, a2ats_recall, results, scoring
+from experiments import a2ats, a2ats_distances, a2ats_hits, a2ats_quality, a2ats_recall, results, scoring
 from kvjax import text
 from kvjax.calibrate import codebooks
 from kvjax.methods.a2ats import A2ATS
@@ -58,6 +58,27 @@ def test_every_way_to_rank_is_measured_once(tmp_path, monkeypatch, learned):
         raise AssertionError("a stored row is measured again")
 
     monkeypatch.setattr(a2ats_recall, "_statistics", measures)
+    assert a2ats.main(arguments) == 0
+    assert results.load(path) == data
+
+
+def test_each_distance_is_ranked_once(tmp_path, monkeypatch):
+    model = tiny(byte_tokenizer(), context=512, windows=(24, None))
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
+    arguments = [
+        "distances", "--docs", "1", "--context", "128", "--queries", "3", "--ratios", "0.1", "--distances",
+        "16", "64", "--window", "16", "--n-sinks", "2", "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert a2ats.main(arguments) == 0
+    (path,) = (tmp_path / "a2ats_distances").glob("*.json")
+    data = results.load(path)
+    assert [(row["layer"], row["far"]) for row in data["rows"]] == [(1, None), (1, 16), (1, 64)]
+    exact, *far = data["rows"]
+    assert exact["recall"] == 1
+    assert all(0 < row["recall"] < 1 for row in far)
+    assert far[0]["recall"] != far[1]["recall"]
+    assert data["claims"]["smollm2.16.recall@0.1"] == far[0]["recall"]
+    monkeypatch.setattr(a2ats_distances, "records", pytest.fail)
     assert a2ats.main(arguments) == 0
     assert results.load(path) == data
 
