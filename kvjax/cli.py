@@ -1,4 +1,4 @@
-"""The command line `kvjax`: generate text, calibrate, list methods, list models, look at the machine."""
+"""The command line `kvjax`: generate text, read it for later, calibrate, list methods, see the machine."""
 
 import dataclasses
 import sys
@@ -10,35 +10,25 @@ import tyro
 from rich.console import Console
 
 import kvjax
-from kvjax import budgets, spec, thresholds
-from kvjax.calibrate import codebooks
-from kvjax.cli_calibrate import Calibrate, check_tokenizer
+from kvjax.cli_calibrate import Calibrate
 from kvjax.cli_doctor import Doctor
-from kvjax.method import CacheMethod
+from kvjax.cli_served import Served
+from kvjax.contexts import load_context, save_context
 from kvjax.model import Model
 from kvjax.models.hub import MODELS
-from kvjax.models.quantize import quantize
 from kvjax.sampling import Sampling
 from kvjax.sparsity import SPARSITIES
 
-__all__ = ["Generate", "Methods", "Models", "main"]
+__all__ = ["Generate", "Methods", "Models", "Read", "main"]
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(Served):
     """Continues a prompt and writes the text as it comes.
 
     Args:
         prompt: the text, or - to read it from the standard input.
-        model: a name (see `kvjax models`), hf:org/name, or a path.
-        dtype: float32 or bfloat16; by default the device's.
-        method: such as snapkv:budget=512,window=16 or snapkv+kivi4 (see `kvjax methods`).
-        budget: tokens per KV head, for a method that has a budget.
-        shares: a file of `kvjax calibrate budgets`: heads have budgets of their own, whose mean is `budget`.
-        calibration: a folder of `kvjax calibrate a2ats`, for a method that takes one.
-        thresholds: a folder of `kvjax calibrate chess`: activations below them are left out.
-        int8: hold the projections as int8 codes.
-        compress: when: at the prompt's "end", or after each "chunk" of it.
+        context: a folder of `kvjax read`, with its model and method; what was read comes before the prompt.
         max_new_tokens: tokens at most; a stop token ends sooner.
         temperature: 0 takes the likeliest token.
         top_k: draw among the k likeliest; 0 = all.
@@ -49,15 +39,7 @@ class Generate:
     """
 
     prompt: tyro.conf.Positional[str]
-    model: str = "smollm2-135m"
-    dtype: str | None = None
-    method: str = "full"
-    budget: int | None = None
-    shares: Path | None = None
-    calibration: Path | None = None
-    thresholds: Path | None = None
-    int8: bool = False
-    compress: str = "end"
+    context: Path | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 0
@@ -68,21 +50,12 @@ class Generate:
 
     def run(self) -> None:
         """Writes the continuation to the standard output."""
-        method = self._method()  # wrong names are told before the model is loaded
         sampling = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, seed=self.seed)
+        model, method = self.loaded()
         prompt = sys.stdin.read() if self.prompt == "-" else self.prompt
-        model = kvjax.load(self.model, self.dtype)
-        check_tokenizer(model)
-        if self.shares is not None:
-            table = budgets.load(self.shares, model).table(self.budget, least=getattr(method, "least", 1))
-            method = spec.parse(self.method, budget=table)
-        if self.calibration is not None:
-            method = spec.parse(self.method, calibration=codebooks.load(self.calibration, model))
-        model = quantize(model) if self.int8 else model
-        if self.thresholds is not None:
-            model = thresholds.load(self.thresholds, model).apply(model)
         if self.chat:
             prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
+        state = None if self.context is None else load_context(self.context, model, method).state
         steps = kvjax.stream(
             model,
             prompt,
@@ -90,27 +63,35 @@ class Generate:
             max_new_tokens=self.max_new_tokens,
             sampling=sampling,
             compress=self.compress,
+            state=state,
         )
         for piece in _pieces(model, (token for (token,) in steps)):
             print(piece, end="", flush=True)
         print()
 
-    def _method(self) -> CacheMethod | None:
-        """Returns the method, with the budget where it has one; None for one that takes a calibration."""
-        if self.calibration is not None:
-            if "calibration" in spec.settings_of(self.method):
-                return None
-            raise ValueError(
-                f"{self.method} takes no calibration, got {str(self.calibration)!r}: leave --calibration out"
-            )
-        if self.budget is None:
-            if self.shares is not None:
-                raise ValueError(f"shares are of a budget, got {str(self.shares)!r} alone: give --budget too")
-            return spec.parse(self.method)
-        method = spec.parse(self.method, budget=self.budget)
-        if "budget" not in spec.settings_of(self.method):
-            raise ValueError(f"{self.method} takes no further budget, got {self.budget=}: leave --budget out")
-        return method
+
+@dataclass(frozen=True)
+class Read(Served):
+    """Reads a text once and saves what the model knows of it, for `kvjax generate --context`.
+
+    Args:
+        text: a file, or - for the standard input.
+        out: the folder; of a method that keeps rows on a disk, its own.
+        room: tokens that may follow, in a prompt and its answer.
+    """
+
+    text: tyro.conf.Positional[str]
+    out: Path
+    room: int = 1024
+
+    def run(self) -> None:
+        """Reads, saves, and says how much."""
+        model, method = self.loaded()
+        text = sys.stdin.read() if self.text == "-" else Path(self.text).read_text(encoding="utf-8")
+        ids = kvjax.pad([model.tokenizer.encode(text)])
+        _, state = kvjax.prefill(model, ids, method, room=self.room, compress=self.compress)
+        save_context(self.out, model, method, state, ids)
+        print(f"{self.out}: {ids.shape[1]:,} tokens, room for {self.room:,} more")
 
 
 @dataclass(frozen=True)
@@ -140,7 +121,7 @@ class Models:
         print("also: hf:org/name, the folder of a Hugging Face checkpoint, or a .gguf file")
 
 
-Command = Generate | Calibrate | Methods | Models | Doctor
+Command = Generate | Read | Calibrate | Methods | Models | Doctor
 
 
 def main(arguments: list[str] | None = None) -> int:

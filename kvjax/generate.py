@@ -37,6 +37,7 @@ def generate(
     sampling: Sampling = Sampling(),  # noqa: B008
     compress: str = "end",
     sparsity: Thresholds | None = None,
+    state: State | None = None,
 ) -> list[Completion]:
     """Continues a batch of prompts of any lengths.
 
@@ -45,10 +46,13 @@ def generate(
         compress: "end" or "chunk", see `prefill`.
         sparsity: which activations are left out, such as `Chess.load(folder, model)`. To serve many prompts,
             apply it once: `sparsity.apply(model)` is a model like others.
+        state: what was read before the prompts, with the same method, such as `load_context(...).state`; it
+            is consumed.
 
     Raises:
         ValueError: for an empty prompt, ids outside the vocabulary, a prompt that leaves no room
-            in the model's context, or max_new_tokens below 1.
+            in the model's context or in the state, another number of prompts than the state has rows, or
+            max_new_tokens below 1.
 
     Example:
         >>> import kvjax
@@ -66,6 +70,7 @@ def generate(
         sampling=sampling,
         compress=compress,
         sparsity=sparsity,
+        state=state,
     )
     for step in steps:
         rows = rows or [[] for _ in step]
@@ -90,6 +95,7 @@ def stream(
     sampling: Sampling = Sampling(),  # noqa: B008
     compress: str = "end",
     sparsity: Thresholds | None = None,
+    state: State | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the tokens of each step, one per row, None where a row has ended.
 
@@ -107,13 +113,16 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"at least one token is generated, got {max_new_tokens=}")
     model = model if sparsity is None else sparsity.apply(model)
-    ids = pad(_encode(model, prompts))
-    context = model.config.context_length
-    if ids.shape[1] + max_new_tokens > context:
+    ids = pad(_encode(model, prompts, bos=None if state is None else False))
+    context, seen = model.config.context_length, 0 if state is None else int(np.max(state[0].seen))
+    if seen + ids.shape[1] + max_new_tokens > context:
         raise ValueError(
             f"prompt and new tokens fit a context of {context} tokens, got {ids.shape[1]} + {max_new_tokens}"
+            + (f" after {seen}" if seen else "")
         )
-    logits, state = prefill(model, ids, method, room=max_new_tokens, compress=compress)
+    if state is not None and len(ids) != len(state[0].seen):
+        raise ValueError(f"each row of a state has a prompt, got {len(ids)} for {len(state[0].seen)} rows")
+    logits, state = prefill(model, ids, method, room=max_new_tokens, compress=compress, state=state)
     return _blocks(model, logits, state, method, max_new_tokens, _stops(model, sampling))
 
 
@@ -143,10 +152,10 @@ def _stops(model: Model, sampling: Sampling) -> Sampling:
     return dataclasses.replace(sampling, stop=tuple(model.tokenizer.stop_ids) if model.tokenizer else ())
 
 
-def _encode(model: Model, prompts: Sequence) -> list[list[int]]:
+def _encode(model: Model, prompts: Sequence, bos: bool | None) -> list[list[int]]:
     """Returns the token ids of every prompt, none of them empty."""
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [model.tokenizer.encode(p) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+    rows = [model.tokenizer.encode(p, bos) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
     empty = [i for i, row in enumerate(rows) if not row]
     if empty or not rows:
         raise ValueError(f"a prompt has at least one token, got none in prompts {empty}")

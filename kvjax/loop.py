@@ -133,7 +133,7 @@ def prefill(
 
     Args:
         ids: prompts padded with -1 on the left, see `pad`.
-        room: tokens that will follow the prompt.
+        room: tokens that will follow the prompt; a given state is asked whether it has room for them.
         chunk: tokens read at once.
         compress: "end" compresses when the prompt has been read (the paper of every method here),
             "chunk" after each chunk, so that memory follows the budget and not the prompt.
@@ -161,13 +161,14 @@ def prefill(
     program = Program.of(model, method)
     methods = program.methods
     n_queries = max(m.n_queries for m in methods)
+    longest = int((ids >= 0).sum(1).max())
     chunk = chunk_size(ids.shape[1], max(chunk, n_queries))
     ids = pad([row[row >= 0].tolist() for row in ids], chunk)
     if state is None:
         total = min(ids.shape[1] + room, model.config.context_length)
         state = init_state(model, method, len(ids), total, ids.shape[1] if compress == "end" else 0)
     else:
-        _check_room(state, methods, ids.shape[1])
+        _check_room(state, methods, longest + room)
         state = _widen(state, program, ids.shape[1]) if compress == "end" else state
     pos = _positions(ids, state)
     state = settle(state, methods, chunk)

@@ -3,7 +3,7 @@ import io
 import pytest
 
 import kvjax
-from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor
+from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, spec
 from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
 
@@ -19,7 +19,7 @@ def loaded(monkeypatch):
 def test_generate_writes_what_the_library_returns(loaded, capsys, method):
     budget = [] if method == "full" else ["--budget", "8"]
     code = cli.main(["generate", "Hello, world", "--method", method, *budget, "--max-new-tokens", "40"])
-    made = cli.spec.parse(method, budget=8)
+    made = spec.parse(method, budget=8)
     assert (
         capsys.readouterr().out
         == kvjax.generate(loaded, "Hello, world", made, max_new_tokens=40)[0].text + "\n"
@@ -31,6 +31,38 @@ def test_generate_reads_the_standard_input_and_chats(loaded, capsys, monkeypatch
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi"))
     assert cli.main(["generate", "-", "--chat", "--max-new-tokens", "5"]) == 0
     assert capsys.readouterr().out == kvjax.generate(loaded, "<Hi>", max_new_tokens=5)[0].text + "\n"
+
+
+@pytest.mark.parametrize(
+    "method", [["full"], ["snapkv:window=4", "--budget", "40"], ["leoam:leaf=4,chunk=8,disk={}"]]
+)
+def test_what_was_read_comes_before_a_prompt(loaded, capsys, tmp_path, method):
+    text, folder = "Once upon a time there was a model. " * 3, tmp_path / "book"
+    (tmp_path / "text").write_text(text)
+    served = ["--method", method[0].format(folder), *method[1:]]
+    read = ["read", str(tmp_path / "text"), "--out", str(folder), "--room", "60", *served]
+    assert cli.main(read) == 0
+    assert "108 tokens, room for 60 more" in capsys.readouterr().out
+    made = spec.parse(served[1].replace("book", "other"), **({"budget": 40} if len(method) > 1 else {}))
+    for question in ("And then?", "Why?"):  # each begins after the text, whatever was asked before
+        ask = ["generate", question, "--context", str(folder), "--max-new-tokens", "20", *served]
+        assert cli.main(ask) == 0
+        ids = kvjax.pad([loaded.tokenizer.encode(text)])
+        state = kvjax.prefill(loaded, ids, made, room=60)[1]
+        answer = kvjax.generate(loaded, question, made, max_new_tokens=20, state=state)[0]
+        assert capsys.readouterr().out == answer.text + "\n"
+    if len(method) == 1:  # what evicts has room
+        more = ["--max-new-tokens", "90"]
+        assert cli.main(["generate", "Hi", "--context", str(folder), *served, *more]) == 2
+        assert "room for the prompt, got 108 + 92 tokens in 188 slots" in capsys.readouterr().err
+    assert cli.main(["generate", "Hi", "--context", str(tmp_path / "none"), *served]) == 2
+    assert "got none in" in capsys.readouterr().err
+
+
+def test_a_state_has_a_prompt_for_each_row(loaded):
+    state = kvjax.prefill(loaded, kvjax.pad([[5, 6]]), room=30)[1]
+    with pytest.raises(ValueError, match="each row of a state has a prompt, got 2 for 1 rows"):
+        kvjax.generate(loaded, ["Hi", "Ho"], max_new_tokens=2, state=state)
 
 
 def test_pieces_never_cut_a_character(loaded):
@@ -88,7 +120,7 @@ def test_calibrated_budgets_serve_generation(loaded, capsys, tmp_path, monkeypat
     chelsea = ["generate", long, "--method", "chelsea:slack=8", "--max-new-tokens", "8"]
     assert cli.main([*chelsea, "--budget", "192", "--shares", str(path)]) == 0
     table = budgets.load(path, loaded).table(192, 96)  # 4 sinks, 60 recent tokens, 32 to merge in
-    made = kvjax.generate(loaded, long, cli.spec.parse("chelsea:slack=8", budget=table), max_new_tokens=8)
+    made = kvjax.generate(loaded, long, spec.parse("chelsea:slack=8", budget=table), max_new_tokens=8)
     assert capsys.readouterr().out == made[0].text + "\n"
     assert cli.main([*chelsea, "--shares", str(path)]) == 2
     assert "give --budget too" in capsys.readouterr().err
