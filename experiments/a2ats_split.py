@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from kvjax.attend import attend, held
 from kvjax.cache import Layer
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods import per_layer
 from kvjax.model import Model
+from kvjax.states import State
 
 __all__ = ["split"]
 

@@ -13,11 +13,11 @@ import kvjax
 from experiments import decode_model
 from experiments.a2ats_synthetic import filled
 from experiments.cases import copy_rate, weight_bytes
-from kvjax import loop, measure
-from kvjax.loop import State
+from kvjax import measure, states
 from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.model import Model
+from kvjax.states import State
 from pallas_kernels import Codes, dispatch, timing
 
 __all__ = ["timed"]
@@ -36,7 +36,7 @@ def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings
     rates = copy_rate(settings.copy_mib), _bus_rate(settings.copy_mib)  # while memory is free
     first = tokens - settings.steps * (settings.samples + 2)
     if isinstance(method, Full):
-        state = decode_model.occupied(loop.init_state(model, method, rows, tokens), first, settings.seed)
+        state = decode_model.occupied(states.init_state(model, method, rows, tokens), first, settings.seed)
     else:
         state = filled(model, method, rows, first, tokens, settings.seed)
     logits = jnp.zeros((rows, model.config.vocab_size), jnp.float32)

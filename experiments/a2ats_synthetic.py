@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from kvjax import loop
+from kvjax import states
 from kvjax.cache import KV
 from kvjax.calibrate.codebooks import Codebooks
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods import per_layer
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig
+from kvjax.states import State
 from pallas_kernels import Codes
 
 __all__ = ["Locality", "books", "filled", "locality", "rows"]
@@ -97,7 +97,7 @@ def books(config: ModelConfig, far: int, window: int, sigma: float, seed: int) -
 
 def filled(model: Model, method: CacheMethod, batch: int, seen: int, total: int, seed: int) -> State:
     """Returns a state for `total` tokens as if `seen` random ones had been read, their codes random too."""
-    left = list(loop.init_state(model, method, batch, total))[::-1]
+    left = list(states.init_state(model, method, batch, total))[::-1]
     keys = jax.random.split(jax.random.key(seed), len(left))
     methods = per_layer(method, model.config)
     return tuple(_layer(left.pop(), key, one, seen) for key, one in zip(keys, methods, strict=True))

@@ -13,12 +13,12 @@ from experiments import decode_model
 from experiments.cases import Case, prompts
 from experiments.chelsea_cases import Speed, chelsea
 from experiments.chelsea_steps import filled
-from kvjax import cache, loop, measure
-from kvjax.loop import State
+from kvjax import cache, loop, measure, states
 from kvjax.method import CacheMethod
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
 from kvjax.model import Model
+from kvjax.states import State
 
 __all__ = ["clustering", "serve", "served", "streamed"]
 
@@ -76,7 +76,7 @@ def _answer(
 
 def clustering(model: Model, method: Chelsea, case: Case, settings: Speed) -> float:
     """Returns the median seconds in which a prompt's state is clustered; the first time compiles."""
-    state = loop.init_state(model, method, case.batch, case.tokens, case.tokens)
+    state = states.init_state(model, method, case.batch, case.tokens, case.tokens)
     state, c = decode_model.occupied(state, case.tokens, settings.seed), model.config
     q = jnp.zeros((case.batch, 1, c.n_kv_heads, c.group, c.head_dim), model.dtype)  # Chelsea reads no queries
     pos = jnp.full((case.batch, 1), case.tokens - 1, jnp.int32)
@@ -97,12 +97,12 @@ def streamed(case: Case, settings: Speed) -> dict[str, Any]:
         RuntimeError: where tokens are missing from the state.
     """
     model, method = case.model(settings.seed), chelsea(settings, case.tokens)
-    program, ids = loop.Program.of(model, method), prompts(model, case.batch, case.tokens, settings.seed)
+    ids = prompts(model, case.batch, case.tokens, settings.seed)
     before, peak = _device_peak(), 0
-    state = loop.init_state(model, method, case.batch, case.tokens)
+    state = states.init_state(model, method, case.batch, case.tokens)
     for start in range(0, case.tokens, settings.stream_chunk):
         part = ids[:, start : start + settings.stream_chunk]
-        wide = jax.eval_shape(lambda s, n=part.shape[1]: loop._widen(s, program, n), state)
+        wide = jax.eval_shape(lambda s, n=part.shape[1]: states.widen(s, model, method, n), state)
         peak = max(peak, measure.nbytes(wide))
         logits, state = kvjax.prefill(
             model, part, method, chunk=settings.stream_chunk, compress="chunk", state=state
@@ -111,7 +111,7 @@ def streamed(case: Case, settings: Speed) -> dict[str, Any]:
     masses = (cache.view(kv.mass, run).sum(-1) for kv in state for run in cache.runs(kv.slots))
     if not all(bool((mass == case.tokens).all()) for mass in masses):
         raise RuntimeError(f"clusters hold all {case.tokens} tokens of a prompt, but some are missing")
-    whole = measure.nbytes(jax.eval_shape(lambda: loop.init_state(model, Full(), case.batch, case.tokens)))
+    whole = measure.nbytes(jax.eval_shape(lambda: states.init_state(model, Full(), case.batch, case.tokens)))
     after, params = _device_peak(), measure.nbytes(model.params)
     own = after - params if after > before else None
     return {

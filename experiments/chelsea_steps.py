@@ -18,12 +18,12 @@ import kvjax
 from experiments import decode_model
 from experiments.cases import copy_rate, weight_bytes
 from experiments.chelsea_cases import Speed
-from kvjax import cache, loop, measure
+from kvjax import cache, measure, states
 from kvjax.cache import KV
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods.chelsea import Chelsea
 from kvjax.model import Model
+from kvjax.states import State
 from pallas_kernels import dispatch
 
 __all__ = ["filled", "timed"]
@@ -110,7 +110,7 @@ def filled(model: Model, method: CacheMethod, batch: int, seen: int, total: int,
     Raises:
         ValueError: for fewer tokens than a head holds.
     """
-    state = loop.init_state(model, method, batch, total)
+    state = states.init_state(model, method, batch, total)
     held = 1 if not isinstance(method, Chelsea) else max(max(kv.slots) for kv in state) - method.n_free
     if seen < held:
         raise ValueError(

@@ -22,15 +22,15 @@ import kvjax
 from experiments import decode_model
 from experiments.cases import prompts
 from experiments.chelsea_steps import filled
-from kvjax import loop, measure
+from kvjax import measure, states
 from kvjax.cache import KV
 from kvjax.calibrate import activations
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods import layers
 from kvjax.methods.full import Full
 from kvjax.methods.kivi import KIVI
 from kvjax.model import Model, fingerprint
+from kvjax.states import State
 from kvjax.thresholds import ActivationSparsity, Site, Threshold, Thresholds
 from pallas_kernels import dispatch
 
@@ -122,7 +122,7 @@ def state_of(model: Model, method: CacheMethod, batch: int, seen: int, total: in
         return filled(model, method, batch, seen, total, seed)
     layer = layers(model.config)[0]
     q = jnp.zeros((batch, 1, layer.n_kv_heads, layer.group, layer.head_dim), model.dtype)  # is not looked at
-    left = list(decode_model.occupied(loop.init_state(model, method, batch, total), seen, seed))[::-1]
+    left = list(decode_model.occupied(states.init_state(model, method, batch, total), seen, seed))[::-1]
     done = []
     while left:  # one layer at a time exists twice
         done.append(_compressed(left.pop(), q, jnp.zeros((batch, 1), jnp.int32), method=method))

@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
-from kvjax import attend, cache, loop, measure, spec, storage
+from kvjax import attend, cache, measure, spec, states, storage
 from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods import per_layer
 from kvjax.model import Model
 from kvjax.shapes import Leaf, Positions, Queries, Slots, Tokens
+from kvjax.states import State
 
 __all__ = ["Counted", "budget_of", "reads"]
 
@@ -170,7 +170,7 @@ def budget_of(name: str, wanted: float, model: Model, seen: int) -> int:
 
 def _planned(method: CacheMethod, model: Model, seen: int) -> int:
     """Returns the bytes that a step reads of `seen` tokens in layers without a window, from shapes."""
-    state = jax.eval_shape(lambda: loop.init_state(model, method, 1, seen))
+    state = jax.eval_shape(lambda: states.init_state(model, method, 1, seen))
     methods = per_layer(method, model.config)
     pairs = [(kv, m) for kv, m in zip(state, methods, strict=True) if kv.layer.window is None]
     return measure.bytes_read(*zip(*pairs, strict=True))

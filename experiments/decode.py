@@ -28,7 +28,7 @@ import numpy as np
 
 import kvjax
 from experiments import command, decode_model, options, results
-from kvjax import loop
+from kvjax import states
 from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig
@@ -156,7 +156,8 @@ def _timed(model: Model, case: tuple[int, int], settings: Speed, rate: float) ->
     """Decodes greedily from a full cache, several steps a call as `generate` does."""
     batch, tokens = case
     room = settings.steps * (settings.samples + 1)
-    state = decode_model.occupied(loop.init_state(model, Full(), batch, tokens + room), tokens, settings.seed)
+    state = states.init_state(model, Full(), batch, tokens + room)
+    state = decode_model.occupied(state, tokens, settings.seed)
     logits = jnp.zeros((batch, model.config.vocab_size), jnp.float32)
     forced = np.full((batch, settings.steps), -1, np.int32)
     times = []

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import decode_model
-from kvjax import loop, sharding
+from kvjax import loop, sharding, states
 from kvjax.methods.full import Full
 from pallas_kernels import dispatch
 from pallas_kernels.topology import Described
@@ -53,7 +53,7 @@ def compiled_step(at: Described, config: Any, batch: int, slots: int) -> dict:
     """Compiles one step with the full cache, spread over the KV heads; all bytes are of one device."""
     mesh, model = at.mesh(), decode_model.abstract("shapes", config)
     program = dataclasses.replace(loop.Program.of(model, Full()), mesh=mesh)
-    state = jax.eval_shape(lambda: loop.init_state(model, Full(), batch, slots))
+    state = jax.eval_shape(lambda: states.init_state(model, Full(), batch, slots))
     state = _placed(state, sharding.of_state(state, mesh))
     params = _placed(model.params, sharding.of_parameters(model.params, mesh))
     ids = _on_all(jax.ShapeDtypeStruct((batch, 1), jnp.int32), mesh)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.cache import KV
-from kvjax.loop import State
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.states import State
 
 __all__ = ["SHAPES", "abstract", "config_of", "occupied", "random"]
 

@@ -24,9 +24,9 @@ import kvjax
 from experiments import decode_model
 from kvjax import disk
 from kvjax.contexts import save_context
-from kvjax.loop import State
 from kvjax.methods.leoam import LeoAM
 from kvjax.model import Model, keep_compiled
+from kvjax.states import State
 
 __all__ = ["digest", "generate", "main", "method_on", "model_of", "prompts", "rows", "same", "sealed"]
 

@@ -27,8 +27,8 @@ from kvjax import blocks, disk, loop
 from kvjax.blocks import BlockFile
 from kvjax.contexts import Context, load_context, recover_context, save_context
 from kvjax.disk_pace import Pace
-from kvjax.loop import State
 from kvjax.methods.leoam import LeoAM
+from kvjax.states import State
 
 __all__ = ["DiskFaults"]
 

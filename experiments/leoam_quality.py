@@ -21,7 +21,7 @@ from experiments import quality_plot, results
 from experiments.a2ats_quality import Tried, row_of
 from experiments.counted import Counted, budget_of, reads
 from experiments.rows import check_apart, claims, measured, start
-from kvjax import loop, measure, spec, text
+from kvjax import measure, spec, states, text
 from kvjax.calibrate import chunks, codebooks
 from kvjax.method import CacheMethod
 from kvjax.methods import per_layer
@@ -153,7 +153,7 @@ def _with_bytes(method: LeoAM, wanted: float, model: kvjax.Model, seen: int) -> 
 
 def _planned(method: CacheMethod, model: kvjax.Model, seen: int) -> float:
     """Returns the bytes that a step reads of `seen` tokens in layers without a window, from shapes."""
-    state = jax.eval_shape(lambda: loop.init_state(model, method, 1, seen))
+    state = jax.eval_shape(lambda: states.init_state(model, method, 1, seen))
     pairs = zip(state, per_layer(method, model.config), strict=True)
     return measure.bytes_read(*zip(*[(kv, m) for kv, m in pairs if kv.layer.window is None], strict=True))
 

@@ -27,7 +27,7 @@ import kvjax
 from experiments import results
 from experiments.leoam_chunks import accepted, asked, chosen, descents, predictions
 from experiments.rows import start
-from kvjax import loop, replay, text
+from kvjax import replay, states, text
 from kvjax.calibrate import activations
 from kvjax.methods import layers
 from kvjax.methods.full import Full
@@ -165,7 +165,7 @@ class _Tried:
         for ids in self.documents[:, None]:
             rest = ids.shape[1] - head
             _, state = kvjax.prefill(self.model, ids[:, :head], room=rest)
-            state = loop.widen(state, self.model, Full(), rest)  # layers with a window hold no more than that
+            state = states.widen(state, self.model, Full(), rest)  # a window's layers hold no more
             found.append(activations.run(self.model, ids[:, head:], _inputs, self.at - head, state=state))
         return found
 

@@ -37,10 +37,10 @@ from kvjax.cache import KV, Layer
 from kvjax.chunk_files import Layout
 from kvjax.disk import Disk, Remote
 from kvjax.disk_pace import Traffic
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods.leoam import LeoAM
 from kvjax.model import Model
+from kvjax.states import State
 
 __all__ = ["Speed", "speed"]
 

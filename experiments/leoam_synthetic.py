@@ -18,15 +18,15 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments import a2ats_synthetic
-from kvjax import chunk_tree, context_folder, disk, loop
+from kvjax import chunk_tree, context_folder, disk, states
 from kvjax.cache import KV
 from kvjax.chunk_tree import Shape, Tree
 from kvjax.disk import Disk
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.methods.leoam import LeoAM
 from kvjax.model import Model
+from kvjax.states import State
 
 __all__ = ["filled", "spread", "written"]
 
@@ -68,7 +68,7 @@ def _overlap(n_leaves: int, n: int, group: int, points: bool, tau: float, seed: 
 
 def written(model: Model, method: CacheMethod, batch: int, tokens: int, seen: int, seed: int) -> None:
     """Writes the chunks of `seen` random tokens for every layer, each to files of its own."""
-    state = loop.init_state(model, method, batch, tokens)
+    state = states.init_state(model, method, batch, tokens)
     own = Disk.of(state)
     store, rng = own.stores[0], np.random.default_rng(seed)
     drawn = rng.standard_normal(_DRAWN, np.float32).astype(store.layout.dtype)

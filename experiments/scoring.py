@@ -16,11 +16,11 @@ from jaxtyping import Array, Float, Int
 
 import kvjax
 from experiments import passkey
-from kvjax import loop, measure, replay, text
-from kvjax.loop import State
+from kvjax import loop, measure, replay, states, text
 from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.models.decoder import Record
+from kvjax.states import State
 
 __all__ = ["Answers", "Prose", "Texts", "compared", "hidden_keys"]
 
@@ -73,7 +73,7 @@ class Prose:
     def _predicted(self, state: State, method: CacheMethod) -> tuple[Float[np.ndarray, "B N V"], State]:
         """Returns the logits after each token of the rest, and the state."""
         if not self.by_step:
-            state = loop.widen(state, self.model, method, self.rest.shape[1])
+            state = states.widen(state, self.model, method, self.rest.shape[1])
         logits, read = [], self._decoded if self.by_step else loop.read
         for start in range(0, self.rest.shape[1], _PIECE):
             part, state = read(self.model, self.rest[:, start : start + _PIECE], method, state)

@@ -14,10 +14,10 @@ from experiments.batch import Batch
 from experiments.clock import Span, timed
 from experiments.plan import Trial
 from kvjax import measure, replay
-from kvjax.loop import State
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.models.decoder import Record
+from kvjax.states import State
 
 __all__ = [
     "Outcome",

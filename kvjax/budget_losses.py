@@ -25,10 +25,10 @@ from kvjax import cache, clustering, loop, measure, replay
 from kvjax.budgets import Shares
 from kvjax.cache import KV
 from kvjax.clustering import Matching
-from kvjax.loop import State
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
 from kvjax.model import Model
+from kvjax.states import State
 
 __all__ = ["N_REST", "refine"]
 

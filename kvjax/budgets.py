@@ -21,10 +21,10 @@ from jaxtyping import Array, Float, Int
 from kvjax import cache, clustering, merging, replay
 from kvjax.cache import KV
 from kvjax.clustering import Clusters, Matching
-from kvjax.loop import State
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
 from kvjax.model import Model, fingerprint
+from kvjax.states import State
 
 __all__ = ["Shares", "calibrate", "load", "pool", "save", "schedule"]
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from kvjax.loop import State, decode, pad, prefill
+from kvjax.loop import decode, pad, prefill
 from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.sampling import Sampling
+from kvjax.states import State
 from kvjax.thresholds import Thresholds
 
 __all__ = ["Completion", "generate", "stream"]

@@ -15,33 +15,28 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache, context_folder, disk, sharding, tiers
-from kvjax.cache import KV, Layer
+from kvjax import cache, disk, sharding, tiers
+from kvjax.cache import KV
 from kvjax.method import CacheMethod
-from kvjax.methods import layers, per_layer
+from kvjax.methods import per_layer
 from kvjax.methods.full import Full
-from kvjax.model import Model, fingerprint
+from kvjax.model import Model
 from kvjax.models.config import ModelConfig
 from kvjax.models.decoder import Decoder
 from kvjax.sampling import Limits, Sampling, sample
 from kvjax.shapes import Ids
+from kvjax.states import State, check_room, each_layer, init_state, settle, widen
 
 __all__ = [
     "Program",
-    "State",
     "chunk_size",
     "decode",
     "decode_step",
-    "init_state",
     "pad",
     "prefill",
     "prompt_logits",
     "read",
-    "settle",
-    "widen",
 ]
-
-State = tuple[KV, ...]
 
 
 @dataclass(frozen=True)
@@ -76,47 +71,6 @@ def pad(prompts: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, 
     for row, prompt in zip(ids, prompts, strict=True):
         row[length - len(prompt) :] = prompt
     return ids
-
-
-def init_state(model: Model, method: CacheMethod, batch: int, total: int, prompt: int = 0) -> State:
-    """Makes an empty state that serves `total` tokens per row, `prompt` of them read at once.
-
-    Raises:
-        ValueError: where total is larger than the model's context, or a budget is; where the model
-            is spread over devices and the heads cannot be, see `sharding.check`.
-        MemoryError: where the host has too little memory for what shall lie there.
-    """
-    context = model.config.context_length
-    if not 0 < total <= context:
-        raise ValueError(f"prompt and new tokens fit the context of {context} tokens, got {total=}")
-    makers = []
-    for m, layer in zip(per_layer(method, model.config), layers(model.config), strict=True):
-        if getattr(m, "budget", None) is not None and max(m.budgets(layer)) > context:
-            raise ValueError(f"a budget is at most the context of {context} tokens, got {m.budgets(layer)}")
-        slots = tuple(max(s, prompt) for s in m.slots(layer, total)) if m.evicts else m.slots(layer, total)
-        sharding.check(model.mesh, m, slots)
-        makers.append(functools.partial(_init, m, layer, batch, slots, model.dtype, model.mesh))
-    if any(m.tier != "device" for m in per_layer(method, model.config)):
-        tiers.check_memory([jax.eval_shape(make) for make in makers])
-    state = tuple(make() for make in makers)
-    if not any(map(disk.on_disk, state)):
-        return state
-    return disk.attach(state, method.folder, context_folder.identity(fingerprint(model), repr(method)))
-
-
-def _init(
-    method: CacheMethod, layer: Layer, batch: int, slots: tuple[int, ...], dtype: Any, mesh: Mesh | None
-) -> KV:
-    """Makes the empty state of one layer, on each device its own part."""
-    if mesh is None:
-        return method.init(layer, batch, slots, dtype)
-    return _init_spread(method, layer, batch, slots, dtype, mesh, method.learnt)
-
-
-@functools.partial(jax.jit, static_argnums=range(7))
-def _init_spread(method, layer, batch, slots, dtype, mesh, learnt) -> KV:
-    kv = method.init(layer, batch, slots, dtype)
-    return jax.lax.with_sharding_constraint(kv, sharding.of_state(kv, mesh))
 
 
 def prefill(
@@ -168,14 +122,14 @@ def prefill(
         total = min(ids.shape[1] + room, model.config.context_length)
         state = init_state(model, method, len(ids), total, ids.shape[1] if compress == "end" else 0)
     else:
-        _check_room(state, methods, longest + room)
-        state = _widen(state, program, ids.shape[1]) if compress == "end" else state
+        check_room(state, methods, longest + room)
+        state = widen(state, model, method, ids.shape[1]) if compress == "end" else state
     pos = _positions(ids, state)
     state = settle(state, methods, chunk)
     for start in range(0, ids.shape[1], chunk):
         part, last = slice(start, start + chunk), start + chunk == ids.shape[1]
         if compress == "chunk":
-            state = _widen(state, program, chunk)
+            state = widen(state, model, method, chunk)
         logits, state, queries = _read(
             model.variables, ids[:, part], pos[:, part], state, program=program, n_queries=n_queries
         )
@@ -209,51 +163,9 @@ def read(
     return logits, settle(state, program.methods)
 
 
-def settle(state: State, methods: Sequence[CacheMethod], room: int = tiers.STEPS) -> State:
-    """Moves off the device what programs have staged; the next one may stage `room` tokens."""
-    for kv in filter(disk.on_disk, state):
-        disk.append(kv)
-    return tuple(
-        kv if kv.tier is None else _settled(kv, m, room) for kv, m in zip(state, methods, strict=True)
-    )
-
-
-def _settled(kv: KV, method: CacheMethod, room: int) -> KV:
-    kv = _flush(kv)
-    return method.settled(kv.replace(tier=tiers.resize(kv.tier, room)), room)
-
-
-@functools.partial(jax.jit, donate_argnames="kv")
-def _flush(kv: KV) -> KV:
-    return kv.replace(tier=tiers.flush(kv.tier, kv.fill, kv.slots))
-
-
-def widen(state: State, model: Model, method: CacheMethod, extra: int) -> State:
-    """Gives methods that evict room for `extra` tokens beyond their budget."""
-    return _widen(state, Program.of(model, method), extra)
-
-
 def chunk_size(length: int, chunk: int) -> int:
     """Returns how many tokens of a prompt are read at once: a power of two where the prompt is short."""
     return min(chunk, max(16, 1 << (length - 1).bit_length()))
-
-
-def _widen(state: State, program: Program, extra: int) -> State:
-    """Gives evicting methods `extra` slots per head, and every store its full precision."""
-    options = {"extra": extra, "mesh": program.mesh}
-    return _each_layer(state, lambda i, kv: _widen_layer(kv, method=program.methods[i], **options))
-
-
-@functools.partial(jax.jit, static_argnames=("method", "extra", "mesh"))
-def _widen_layer(kv: KV, *, method: CacheMethod, extra: int, mesh: Mesh | None) -> KV:
-    if kv.tier is not None:
-        return kv
-
-    def step(method: CacheMethod, kv: KV) -> tuple[KV, None]:
-        kv, idx = cache.widen(kv, tuple(s + extra * method.evicts for s in kv.slots))
-        return method.moved(kv, idx), None
-
-    return sharding.over_heads(mesh, step, method, kv)[0]
 
 
 @functools.partial(jax.jit, static_argnames=("program", "n_queries", "last_only"), donate_argnames="state")
@@ -263,16 +175,10 @@ def _read(variables, ids, pos, state, *, program: Program, n_queries: int = 0, l
     return logits, state, tuple(r.q[:, r.q.shape[1] - n_queries :] for r in records)
 
 
-def _each_layer(state: State, change: Callable[[int, KV], KV]) -> State:
-    """Changes the shape of every layer in turn, so that one layer at a time exists twice."""
-    old = list(state)[::-1]
-    return tuple(change(i, old.pop()) for i in range(len(state)))
-
-
 def _compress_all(state: State, queries: Sequence, pos: Array, program: Program) -> State:
     """Compresses every layer."""
     m, mesh = program.methods, program.mesh
-    return _each_layer(state, lambda i, kv: _compress(kv, queries[i], pos, method=m[i], mesh=mesh))
+    return each_layer(state, lambda i, kv: _compress(kv, queries[i], pos, method=m[i], mesh=mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("method", "mesh"))
@@ -338,16 +244,6 @@ def _check(model: Model, ids: Any) -> Int[np.ndarray, "B T"]:
             f"token ids are in [0, {vocab}), -1 for padding, got {int(ids.min())}..{int(ids.max())}"
         )
     return ids.astype(np.int32)
-
-
-def _check_room(state: State, methods: Sequence[CacheMethod], extra: int) -> None:
-    """Raises where a state that does not evict cannot take `extra` more tokens."""
-    for kv, m in zip(state, methods, strict=True):
-        used = int(np.max(np.asarray(kv.fill)))
-        if not m.evicts and used + extra > min(kv.slots):
-            raise ValueError(
-                f"the state has room for the prompt, got {used} + {extra} tokens in {min(kv.slots)} slots"
-            )
 
 
 def decode_step(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.loop import State
 from kvjax.method import CacheMethod
+from kvjax.states import State
 from pallas_kernels.host import on_host
 
 __all__ = ["bytes_read", "host_bytes", "kl", "nbytes", "nll", "perplexity", "top1_agreement"]

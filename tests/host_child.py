@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from method_cases import codebooks
 
 from experiments import decode_model
-from kvjax import far_tree, loop, tiers
+from kvjax import far_tree, loop, states, tiers
 from kvjax.methods import layers, per_layer
 from kvjax.methods.a2ats import A2ATS
 from kvjax.methods.leoam import LeoAM
@@ -29,7 +29,7 @@ def programs(at: Described):
     """Yields the programs by name with their arguments' shapes: those of a prompt, of steps, and between."""
     model = decode_model.abstract("tiny", decode_model.config_of("tiny", 2))
     method = A2ATS(topk=8, calibration=codebooks(model), far=64, tier="host", host_block=32, hot=0)
-    state = jax.eval_shape(lambda: loop.init_state(model, method, BATCH, SLOTS))
+    state = jax.eval_shape(lambda: states.init_state(model, method, BATCH, SLOTS))
     resized = lambda kv: kv.replace(tier=tiers.resize(kv.tier, CHUNK))  # noqa: E731
     wide = jax.eval_shape(lambda state: tuple(map(resized, state)), state)
     one, some, many = (jax.ShapeDtypeStruct((BATCH, n), jnp.int32) for n in (1, tiers.STEPS, CHUNK))
@@ -43,8 +43,8 @@ def programs(at: Described):
     yield "step", loop._step, (params, one, one, state), program
     steps = {"limits": limits, "keep_logits": False}
     yield "steps", loop._decode, (params, logits, state, some, jnp.int32(3)), program | steps
-    yield "flush", loop._flush, (state[0],), {}
-    yield "flush of a chunk", loop._flush, (wide[0],), {}
+    yield "flush", states._flush, (state[0],), {}
+    yield "flush of a chunk", states._flush, (wide[0],), {}
 
 
 def leoam_programs(at: Described):

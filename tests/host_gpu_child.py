@@ -12,7 +12,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from method_cases import codebooks
 
 from experiments import decode_model
-from kvjax import far_tree, loop, tiers
+from kvjax import far_tree, loop, states, tiers
 from kvjax.methods.a2ats import A2ATS
 from kvjax.methods.leoam import LeoAM
 from kvjax.sampling import Sampling
@@ -27,14 +27,14 @@ def programs(host_bits):
     model = decode_model.random("tiny", decode_model.config_of("tiny", LAYERS), 0)
     method = A2ATS(60, codebooks(model), far=64, tier="host", host_bits=host_bits)
     program = loop.Program.of(model, method)
-    state = loop.init_state(model, method, BATCH, SLOTS)
-    wide = loop.settle(state, program.methods, CHUNK)
+    state = states.init_state(model, method, BATCH, SLOTS)
+    wide = states.settle(state, program.methods, CHUNK)
     limits, logits = Sampling().limits(), jnp.zeros((BATCH, model.config.vocab_size))
     forced, ids = np.full((BATCH, tiers.STEPS), -1, np.int32), np.zeros((BATCH, CHUNK), np.int32)
     steps = np.int32(tiers.STEPS)
     options = {"program": program, "keep_logits": False}
     return {
-        "flush": lambda: loop._flush.trace(state[0]),
+        "flush": lambda: states._flush.trace(state[0]),
         "decode": lambda: loop._decode.trace(
             model.variables, logits, state, forced, steps, limits, **options
         ),
@@ -47,7 +47,7 @@ def abstracts():
     model = decode_model.random("tiny", decode_model.config_of("tiny", LAYERS), 0)
     method = LeoAM(64, tier="host", abstracts="host")
     program = loop.Program.of(model, method)
-    state = loop.init_state(model, method, BATCH, SLOTS)
+    state = states.init_state(model, method, BATCH, SLOTS)
     limits, logits = Sampling().limits(), jnp.zeros((BATCH, model.config.vocab_size))
     forced, steps = np.full((BATCH, tiers.STEPS), -1, np.int32), np.int32(tiers.STEPS)
     kv, shape = state[0], program.methods[0].shape

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from experiments import decode_model
-from kvjax import loop
+from kvjax import loop, states
 from kvjax.cache import Layer
 from kvjax.methods.full import Full
 from kvjax.models.config import RopeConfig
@@ -39,7 +39,7 @@ def shapes(batch, length, n_heads, group, size, n_slots, dtype) -> tuple:
 def whole_prompt(at: Described, n_layers: int = 1) -> jax.stages.Compiled:
     """The program that reads a chunk of a prompt: what is written to the cache is also read by XLA."""
     model = decode_model.abstract("tiny", decode_model.config_of("tiny", n_layers))
-    state = jax.eval_shape(lambda: loop.init_state(model, Full(), 1, 1024))
+    state = jax.eval_shape(lambda: states.init_state(model, Full(), 1, 1024))
     ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     params, ids, state = at.spread((model.variables, ids, state))
     program = loop.Program.of(model, Full())

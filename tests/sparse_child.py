@@ -13,7 +13,7 @@ import optax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from experiments import decode_model
-from kvjax import loop, thresholds
+from kvjax import loop, states, thresholds
 from kvjax.calibrate import refine_thresholds
 from kvjax.methods.full import Full
 from kvjax.models import quantize
@@ -53,7 +53,7 @@ def refinement(at):
     layer = {str(site): {"level": number} for site in method.sites}
     layer["ffn/act"]["weight"] = jax.ShapeDtypeStruct((model.config.ffn_width,), jnp.float32)
     learner = ([layer, layer], jax.eval_shape(optax.adam(0.1).init, [layer, layer]))
-    state = jax.eval_shape(lambda: loop.init_state(model, Full(), 2, 512, 512))
+    state = jax.eval_shape(lambda: states.init_state(model, Full(), 2, 512, 512))
     ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
     args = at.spread((model.variables, ids, state, learner, number, number))
     return refine_thresholds._step.lower(*args, program=loop.Program.of(model, Full()), group=1)
@@ -71,7 +71,7 @@ def main(device: str) -> None:
             if codes:
                 model = dataclasses.replace(model, params=jax.eval_shape(quantize._quantized, model.params))
             model = model if method is None else sparse(model, method)
-            state = jax.eval_shape(lambda model=model: loop.init_state(model, Full(), 2, 256))
+            state = jax.eval_shape(lambda model=model: states.init_state(model, Full(), 2, 256))
             ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
             program = loop.Program.of(model, Full())
             variables, ids, state = at.spread((model.variables, ids, state))

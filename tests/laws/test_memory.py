@@ -9,7 +9,7 @@ import pytest
 from method_cases import codebooks
 
 import kvjax
-from kvjax import loop, measure
+from kvjax import loop, measure, states
 from kvjax.method import CacheMethod
 from kvjax.methods import METHODS, make
 from kvjax.model import Model
@@ -72,7 +72,7 @@ def decoding_state(method: CacheMethod):
     program = loop.Program.of(MODEL, method)
 
     def prompt_read():
-        state = loop.init_state(MODEL, method, BATCH, TOTAL, CONTEXT)
+        state = states.init_state(MODEL, method, BATCH, TOTAL, CONTEXT)
         q, pos = jnp.zeros((BATCH, 64, 3, 3, 64)), jnp.zeros((BATCH, 64), jnp.int32)
         return tuple(m.compress(kv, q, pos) for m, kv in zip(program.methods, state, strict=True))
 

@@ -10,7 +10,7 @@ import pytest
 from method_cases import BUDGET, CASES, EVICTS, FORCED, MODELS, NEW, PROMPT, PROMPTS, run, settings
 
 import kvjax
-from kvjax import cache, loop, measure, storage
+from kvjax import cache, loop, measure, states, storage
 from kvjax.method import CacheMethod
 from kvjax.methods import METHODS, make, per_layer
 from kvjax.model import Model
@@ -223,7 +223,7 @@ def compiled_step(model: Model, method: CacheMethod, prompt: int, new: int):
     """Compiles the decode loop for a state of this size; returns its memory and the state's bytes."""
 
     def prepared():
-        state = loop.init_state(model, method, 1, prompt + new, prompt)
+        state = states.init_state(model, method, 1, prompt + new, prompt)
         q = jnp.zeros((1, 64, model.config.n_kv_heads, model.config.group, model.config.head_dim))
         pos = jnp.zeros((1, 64), jnp.int32)
         methods = per_layer(method, model.config)

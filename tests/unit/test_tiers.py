@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from method_cases import MODELS, PROMPTS, codebooks
 
 import kvjax
-from kvjax import loop, measure, tiers
+from kvjax import loop, measure, states, tiers
 from kvjax.cache import Layer
 from kvjax.methods import per_layer
 from kvjax.methods.a2ats import A2ATS
@@ -68,7 +68,7 @@ def test_the_host_holds_what_the_device_would(on_device):
 def test_pages_of_a_tpu_give_the_bits_of_the_device(on_device):
     method = a2ats(tier="host", host_block=64)  # a page; the last one of a head is cut short
     with aim(TPU):
-        state = loop.init_state(MODEL, method, 2, 96 + STEPS)
+        state = states.init_state(MODEL, method, 2, 96 + STEPS)
     logits, state = kvjax.prefill(MODEL, PROMPTS, method, state=state, chunk=32)
     _, _, state, kept = loop.decode(MODEL, logits, state, method, FORCED, keep_logits=True)
     np.testing.assert_array_equal(kept, on_device[1])
@@ -216,14 +216,14 @@ def test_staged_rows_that_overflow_are_an_error_in_debug_mode():
 
 
 def test_too_little_host_memory_is_told_before_anything_is_allocated(monkeypatch):
-    init = loop._init
+    init = states._init
     monkeypatch.setattr(tiers, "_free", lambda here: 10_000)
     made = []
     monkeypatch.setattr(
-        loop, "_init", lambda *args: made.append(isinstance(jnp.ones(1), jax.core.Tracer)) or init(*args)
+        states, "_init", lambda *args: made.append(isinstance(jnp.ones(1), jax.core.Tracer)) or init(*args)
     )
     with pytest.raises(MemoryError, match=r"got 0\.0 GiB for 0\.0 GiB that are free"):
-        loop.init_state(MODEL, a2ats(tier="host"), 2, 200)
+        states.init_state(MODEL, a2ats(tier="host"), 2, 200)
     assert made
     assert all(made)  # shapes alone
 
@@ -254,7 +254,7 @@ def test_what_xla_has_pinned_for_rows_that_are_gone_is_free(monkeypatch):
     here, before = tiers._here, tiers._here()
     monkeypatch.setattr(tiers, "_here", lambda: here() - before)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    make = lambda: loop.init_state(MODEL, a2ats(tier="host"), 2, 200)  # noqa: E731
+    make = lambda: states.init_state(MODEL, a2ats(tier="host"), 2, 200)  # noqa: E731
     state = make()
     assert measure.host_bytes(state) == tiers._here() > 0
     free["kB"] = 0
@@ -293,7 +293,7 @@ def test_fewer_hot_tokens_than_a_step_reads_are_refused():
 )
 def test_what_a_tpu_cannot_keep_on_the_host_is_refused(settings, error, message):
     with aim(TPU), pytest.raises(error, match=message):
-        loop.init_state(MODEL, a2ats(tier="host", **settings), 1, 200)
+        states.init_state(MODEL, a2ats(tier="host", **settings), 1, 200)
 
 
 def test_a_method_of_a_chain_keeps_its_rows_on_the_device():
