@@ -25,6 +25,7 @@ FIGURES = {
     "quickstart": {"plot", "own"},
     "calibrate_a2ats": {"share", "losses", "held", "plot"},
     "calibrate_chess": {"channels", "plot"},
+    "long_context": {"plot"},
 }
 
 
@@ -147,3 +148,19 @@ def test_calibrated_chess_is_as_sparse_as_asked_and_refuses_others(ran):
     assert "Chess(sparsity=0.5" in texts["save"]
     assert "a folder holds one method" in texts["save"]
     assert "thresholds are of one model" in texts["save"]
+
+
+def test_a_context_is_closed_opened_and_repaired(ran):
+    texts, _ = ran("long_context")
+    assert "the device holds abstracts, positions, masses and what a step may read" in texts["method"]
+    whole, _, host, files = map(float, re.findall(r"([\d.]+) MB", texts["read"]))
+    assert host < 0.5 * whole < files
+    asked, pooled, coming, share = map(float, re.findall(r"([\d.]+)(?: chunks|%)", texts["steps"]))
+    assert asked > 0
+    assert 0 < pooled <= 100
+    assert pooled + coming <= 101
+    assert 0 < share < 100
+    assert 0 < float(re.search(r"([\d.]+) nats", texts["compare"])[1]) < 10
+    assert texts["open"].count("names are") == texts["open"].count("A class is") == 1
+    assert "a context is of one method" in texts["damage"]
+    assert "of KV head" in texts["damage"]
