@@ -70,9 +70,12 @@ def _percent(values: list[float | None]) -> str:
     return ", ".join("" if x is None else f"{x:.1%}" if x < 0.1 else f"{x:.0%}" for x in values)
 
 
-def _quality() -> str:
-    """Returns what methods lose for the bytes that they read."""
-    stored, path = results.newest("leoam", " quality", "leoam_quality")
+def _quality(options: str) -> str:
+    """Returns what methods lose for the bytes that they read.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("leoam", f" quality {options}", "leoam_quality")
     lines = ["| asked | method | bytes read | KL | top-1 | perplexity |", "|---|---|---|---|---|---|"]
     lines += [
         f"| {r['share']:.0%} | {r['name']} | {r['read']:.1%} | {r['kl']:.4f} | {r['top1']:.1%} "
@@ -125,7 +128,7 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "work": functools.partial(_work, "--dtype float32 --docs 2"),
     "work of Gemma": functools.partial(_work, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
     "work of Qwen": functools.partial(_work, _QWEN),
-    "quality": _quality,
+    "quality": functools.partial(_quality, "--dtype"),
     "speed": _speed,
     "faults": _faults,
 }

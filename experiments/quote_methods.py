@@ -182,9 +182,35 @@ def _a2ats_reads() -> str:
     return "\n".join(lines) + below(stored, path)
 
 
-def _a2ats_quality() -> str:
-    """Returns what A²ATS loses, and what others lose that read as many bytes."""
-    stored, path = results.newest("a2ats", " quality", "a2ats_quality")
+def _a2ats_distances(options: str) -> str:
+    """Returns what ranking by one distance finds, mean over layers.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("a2ats", f" distances {options}", "a2ats_distances")
+    ratios = list(dict.fromkeys(r["ratio"] for r in stored["rows"]))
+    heads = " | ".join(f"top {ratio:.1%}" for ratio in ratios)
+    lines = [f"| all ranked at | {heads} | attention at {ratios[1]:.0%} |", "|---" * (len(ratios) + 2) + "|"]
+    for far in dict.fromkeys(r["far"] for r in stored["rows"]):
+        own = [r for r in stored["rows"] if r["far"] == far]
+        mean = {
+            (ratio, figure): statistics.mean(r[figure] for r in own if r["ratio"] == ratio)
+            for ratio in ratios
+            for figure in ("recall", "mass_union")
+        }
+        cells = [f"{mean[ratio, 'recall']:.0%}" for ratio in ratios] + [
+            f"{mean[ratios[1], 'mass_union']:.1%}"
+        ]
+        lines.append(f"| {'their distances' if far is None else f'{far:,} tokens'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + below(stored, path)
+
+
+def _a2ats_quality(options: str) -> str:
+    """Returns what A²ATS loses, and what others lose that read as many bytes.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("a2ats", f" quality {options}", "a2ats_quality")
     lines = [
         "| chosen | method | bytes read | KL | top-1 | perplexity | keys in filler | keys in a novel |",
         "|---|---|---|---|---|---|---|---|",
@@ -221,7 +247,8 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
 }
 GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
 A2ATS: Mapping[str, Callable[[], str]] = {
-    "quality": _a2ats_quality,
+    "quality": functools.partial(_a2ats_quality, "--calibration books --dtype"),
+    "distances": functools.partial(_a2ats_distances, "--dtype float32"),
     "recall": functools.partial(_a2ats_recall, "--dtype"),
     "recall of Gemma": functools.partial(_a2ats_recall, GEMMA),
     "recall of Qwen": functools.partial(_a2ats_recall, QWEN),
