@@ -36,12 +36,16 @@ class Asked:
         The last tokens of a context that is too long are taken.
 
         Raises:
-            ValueError: for an empty context, or an empty continuation.
+            ValueError: for an empty context, or a continuation that is empty or fills the model's context.
         """
         lengths = [len(x) for x in continuations]
         if not context or not all(lengths):
             raise ValueError(f"context and continuations are tokens, got {len(context)} and {lengths}")
-        size = -(-max(lengths) // _STEPS) * _STEPS
+        size, most = -(-max(lengths) // _STEPS) * _STEPS, self.model.config.context_length
+        if size >= most:
+            raise ValueError(
+                f"a continuation leaves room in the context of {most} tokens, got {max(lengths)}"
+            )
         forced = np.full((len(lengths), size), -2, np.int32)
         for row, tokens in zip(forced, continuations, strict=True):
             row[: len(tokens)] = tokens

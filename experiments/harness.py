@@ -4,8 +4,9 @@ usage: python -m experiments.harness ask --tasks hellaswag piqa --methods full c
        python -m experiments.harness ask --tasks mine --include FOLDER     one's own: a YAML and its files
 
 Needs `pip install lm_eval` beside this package, and the tasks' data: from the network, or from files that a
-YAML names. A prompt is compressed at its end, and answers are decoded step by step. Each task of each method
-is stored as soon as it is done: the same command goes on from there.
+YAML names. A prompt is compressed at its end, and answers are decoded step by step. Where a whole text is
+scored, its windows are half of the model's context. Each task of each method is stored as soon as it is done:
+the same command goes on from there.
 """
 
 import importlib.util
@@ -27,13 +28,15 @@ from kvjax.sampling import Sampling
 
 __all__ = ["Harness", "evaluate", "main"]
 
+_ROWS = 16  # answers to one context that are scored together
+
 
 @dataclass(frozen=True)
 class Harness:
     """What to evaluate.
 
     Args:
-        tasks: names that the harness knows, or those of `include`.
+        tasks: names of single tasks that the harness knows, or of `include`.
         model: a name (see `kvjax models`), hf:org/name, or a path.
         dtype: float32 or bfloat16; by default the device's.
         methods: such as full or snapkv:budget=512 (see `kvjax methods`).
@@ -98,6 +101,8 @@ def _figures(task: str, asked: Asked, settings: Harness) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if settings.include is None else str(settings.include))
+    if task not in manager.all_subtasks:
+        raise ValueError(f"a task is one of the harness's, and no group or tag of several, got {task!r}")
     found = lm_eval.simple_evaluate(
         model=_adapted(asked), tasks=[task], num_fewshot=settings.shots, limit=settings.limit,
         task_manager=manager, log_samples=False, bootstrap_iters=0, random_seed=settings.seed,
@@ -142,7 +147,10 @@ def _adapted(asked: Asked) -> Any:
             for i, (_, prompt, _) in enumerate(requests):
                 by_context.setdefault(tuple(prompt), []).append(i)
             found = [(0.0, False)] * len(requests)
-            for prompt, at in by_context.items():
+            parts = (
+                (p, all_[i : i + _ROWS]) for p, all_ in by_context.items() for i in range(0, len(all_), _ROWS)
+            )
+            for prompt, at in parts:
                 answers = asked.likelihoods(prompt, [requests[i][2] for i in at])
                 for i, answer in zip(at, answers, strict=True):
                     found[i] = answer

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 
 import kvjax
+from kvjax import context_folder
 from kvjax.cli_calibrate import Calibrate
 from kvjax.cli_doctor import Doctor
 from kvjax.cli_served import Served
@@ -28,7 +29,7 @@ class Generate(Served):
 
     Args:
         prompt: the text, or - to read it from the standard input.
-        context: a folder of `kvjax read`, with its model and method; what was read comes before the prompt.
+        context: a folder of `kvjax read`, with its model, method and options; what was read comes before.
         max_new_tokens: tokens at most; a stop token ends sooner.
         temperature: 0 takes the likeliest token.
         top_k: draw among the k likeliest; 0 = all.
@@ -85,9 +86,20 @@ class Read(Served):
     room: int = 1024
 
     def run(self) -> None:
-        """Reads, saves, and says how much."""
-        model, method = self.loaded()
+        """Reads, saves, and says how much.
+
+        Raises:
+            ValueError: for a method that keeps rows on the host, or on a disk in another folder.
+        """
         text = sys.stdin.read() if self.text == "-" else Path(self.text).read_text(encoding="utf-8")
+        model, method = self.loaded()
+        folder = self.out if method.folder is None else Path(method.folder)
+        if method.tier == "host" or folder.resolve() != self.out.resolve():
+            raise ValueError(
+                f"what is read lies on the device or in its own folder, got {method.tier=}, {str(folder)!r} "
+                f"for {str(self.out)!r}: take another tier, or that folder"
+            )
+        context_folder.lock(self.out).close()  # what cannot be written is told before the text is read
         ids = kvjax.pad([model.tokenizer.encode(text)])
         _, state = kvjax.prefill(model, ids, method, room=self.room, compress=self.compress)
         save_context(self.out, model, method, state, ids)

@@ -118,7 +118,7 @@ def load_context(folder: Path | str, model: Model, method: CacheMethod, *, repai
     Rows that lie on the disk stay there, and are checked when a step reads them.
 
     Args:
-        method: the one that it was saved with; how much of it lies where may differ.
+        method: the one that it was saved with; budgets, and how it reads ahead, may differ.
         repair: check all of it first; where a block is damaged, read the tokens anew, if they were saved, and
             save what comes of it.
 

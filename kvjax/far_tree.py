@@ -34,7 +34,7 @@ class FarTree:
     first: Leaf  # [B K] int32
 
 
-def put(tree: Tree, end: Int[Array, "B K"], slots: tuple[int, ...], shape: Shape, room: int = 1) -> FarTree:
+def put(tree: Tree, end: Int[Array, "B K"], slots: tuple[int, ...], shape: Shape, room: int) -> FarTree:
     """Moves a tree to the host.
 
     Args:

@@ -114,13 +114,7 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"at least one token is generated, got {max_new_tokens=}")
     model = model if sparsity is None else sparsity.apply(model)
-    ids = pad(_encode(model, prompts, bos=None if state is None else False))
-    context, seen = model.config.context_length, 0 if state is None else int(np.max(state[0].seen))
-    if seen + ids.shape[1] + max_new_tokens > context:
-        raise ValueError(
-            f"prompt and new tokens fit a context of {context} tokens, got {ids.shape[1]} + {max_new_tokens}"
-            + (f" after {seen}" if seen else "")
-        )
+    ids = pad(_encode(model, prompts, begins=state is None))
     if state is not None and len(ids) != len(state[0].seen):
         raise ValueError(f"each row of a state has a prompt, got {len(ids)} for {len(state[0].seen)} rows")
     logits, state = prefill(model, ids, method, room=max_new_tokens, compress=compress, state=state)
@@ -153,11 +147,21 @@ def _stops(model: Model, sampling: Sampling) -> Sampling:
     return dataclasses.replace(sampling, stop=tuple(model.tokenizer.stop_ids) if model.tokenizer else ())
 
 
-def _encode(model: Model, prompts: Sequence, bos: bool | None) -> list[list[int]]:
-    """Returns the token ids of every prompt, none of them empty."""
+def _encode(model: Model, prompts: Sequence, *, begins: bool) -> list[list[int]]:
+    """Returns the token ids of every prompt, none of them empty.
+
+    begins: nothing comes before; else a text has no first token, which a chat template may have written.
+    """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [model.tokenizer.encode(p, bos) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+    rows = [_ids(model, p, begins) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
     empty = [i for i, row in enumerate(rows) if not row]
     if empty or not rows:
         raise ValueError(f"a prompt has at least one token, got none in prompts {empty}")
     return rows
+
+
+def _ids(model: Model, text: str, begins: bool) -> list[int]:
+    if begins:
+        return model.tokenizer.encode(text)
+    ids = model.tokenizer.encode(text, bos=False)
+    return ids[1:] if ids and ids[0] == model.tokenizer.bos_id else ids

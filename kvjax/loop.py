@@ -87,7 +87,7 @@ def prefill(
 
     Args:
         ids: prompts padded with -1 on the left, see `pad`.
-        room: tokens that will follow the prompt; a given state is asked whether it has room for them.
+        room: tokens that will follow the prompt.
         chunk: tokens read at once.
         compress: "end" compresses when the prompt has been read (the paper of every method here),
             "chunk" after each chunk, so that memory follows the budget and not the prompt.
@@ -96,7 +96,7 @@ def prefill(
     Returns: logits after the last token, and the state.
 
     Raises:
-        ValueError: for ids outside the vocabulary, an empty batch, prompts that leave no room in
+        ValueError: for ids outside the vocabulary, an empty batch, prompts that leave no `room` in
             the context or in the given state, or another value of `compress`.
 
     Example:
@@ -115,11 +115,17 @@ def prefill(
     program = Program.of(model, method)
     methods = program.methods
     n_queries = max(m.n_queries for m in methods)
-    longest = int((ids >= 0).sum(1).max())
+    longest, context = int((ids >= 0).sum(1).max()), model.config.context_length
+    seen = 0 if state is None else int(np.max(state[0].seen))
+    if room < 0 or seen + longest + room > context:
+        raise ValueError(
+            f"a prompt and what follows it fit the context of {context} tokens, got {longest} and {room=}"
+            + (f" after {seen}" if seen else "")
+        )
     chunk = chunk_size(ids.shape[1], max(chunk, n_queries))
     ids = pad([row[row >= 0].tolist() for row in ids], chunk)
     if state is None:
-        total = min(ids.shape[1] + room, model.config.context_length)
+        total = min(ids.shape[1] + room, context)
         state = init_state(model, method, len(ids), total, ids.shape[1] if compress == "end" else 0)
     else:
         check_room(state, methods, longest + room)

@@ -27,7 +27,7 @@ from kvjax.shapes import Leaf
 from pallas_kernels import Codes, assign_lines, fetch_rows, stow_rows
 from pallas_kernels.attention import starts
 from pallas_kernels.backend import debug_check, target
-from pallas_kernels.host import Blocks, as_rows, empty_pages, on_host, pairs, unpaired
+from pallas_kernels.host import Blocks, as_rows, empty_pages, pairs, unpaired
 
 __all__ = [
     "STEPS", "Host", "Tier", "bring", "check_memory", "empty", "expect", "flush", "hit_rate", "resize",
@@ -276,7 +276,9 @@ def check_memory(state: Any) -> None:
     """
     stores = [kv.tier.far for kv in state if kv.tier is not None and not disk.on_disk(kv)]
     rows = jax.tree.leaves([store.codes if isinstance(store, Codes) else store for store in stores])
-    rows += [x for kv in state for x in jax.tree.leaves(kv.aux) if on_host(x)]
+    rows += jax.tree.leaves(
+        [getattr(kv.aux, "far", None) for kv in state]
+    )  # a method's index, see `far_tree`
     needed, here = sum(x.size * x.dtype.itemsize for x in rows), _here()
     needed += sum(disk.pool_bytes(kv) for kv in state if disk.on_disk(kv))
     free = _free(here)

@@ -69,8 +69,9 @@ class LeoAM(CacheMethod):
         tier: where K and V of the other layers lie, "device", "host" or "disk".
         abstracts: where abstracts lie, "device", or "host", which K and V are off the device for: then every
             step has them copied, a layer at a time.
-        device_budget: off the device, bytes that it holds of all that lasts from step to step of the whole
-            model's state, in equal parts for its layers; None for twice the K and V that a step may read.
+        device_budget: K and V off the device, bytes that it holds of the state from step to step, an equal
+            part for each layer; layers that are read in full, or have a window, take what they take. None
+            for twice the K and V that a step may read.
         host_budget: with a disk, bytes of K and V that the host holds; None for all.
         disk: a folder, of one state; giving it makes the tier "disk".
         chunk: tokens of a KV head that the disk writes and reads together, a multiple of leaf.

@@ -1,9 +1,10 @@
+import dataclasses
 import io
 
 import pytest
 
 import kvjax
-from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, spec
+from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, loop, spec
 from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
 
@@ -57,6 +58,32 @@ def test_what_was_read_comes_before_a_prompt(loaded, capsys, tmp_path, method):
         assert "room for the prompt, got 108 + 92 tokens in 188 slots" in capsys.readouterr().err
     assert cli.main(["generate", "Hi", "--context", str(tmp_path / "none"), *served]) == 2
     assert "got none in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--room", "250"], "fit the context of 256 tokens, got 36 and room=250"),
+        (["--room", "-1"], "fit the context of 256 tokens, got 36 and room=-1"),
+        (["--method", "leoam:leaf=4,chunk=8,disk=elsewhere"], "in its own folder, got method.tier='disk'"),
+        (["--method", "leoam:leaf=4,tier=host"], "what is read lies on the device or in its own folder"),
+    ],
+)
+def test_what_cannot_be_saved_is_told_before_it_is_read(loaded, capsys, tmp_path, monkeypatch, more, message):
+    (tmp_path / "text").write_text("Once upon a time there was a model. ")
+    monkeypatch.setattr(loop, "_read", lambda *args, **kwargs: pytest.fail("the text was read"))
+    assert cli.main(["read", str(tmp_path / "text"), "--out", str(tmp_path / "book"), *more]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_question_has_no_first_token_of_its_own(loaded):
+    tokenizer = dataclasses.replace(loaded.tokenizer, bos_id=loaded.tokenizer.encode("<")[0])
+    model = dataclasses.replace(loaded, tokenizer=tokenizer)
+    answers = []
+    for question in ("<And?", "And?"):
+        state = kvjax.prefill(model, kvjax.pad([[5, 6]]), room=30)[1]
+        answers.append(kvjax.generate(model, question, max_new_tokens=4, state=state)[0].ids)
+    assert answers[0] == answers[1]
 
 
 def test_a_state_has_a_prompt_for_each_row(loaded):

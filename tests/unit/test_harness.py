@@ -41,6 +41,8 @@ def test_a_context_that_is_too_long_keeps_its_end():
         asked.likelihoods([], RESTS)
     with pytest.raises(ValueError, match=r"are tokens, got 60 and \[3, 0\]"):
         asked.likelihoods(CONTEXT, [[1, 2, 3], []])
+    with pytest.raises(ValueError, match="leaves room in the context of 512 tokens, got 500"):
+        asked.likelihoods(CONTEXT, [[1] * 500])
 
 
 def test_an_answer_ends_before_what_ends_it():
@@ -89,3 +91,4 @@ def test_the_harness_finds_what_our_loader_finds(tmp_path):
     for row in json.loads(stored.read_text())["rows"]:
         assert {name: row[name] for name in ours} == pytest.approx(ours)
     assert 0 < ours["acc"] < 1
+    assert harness.main(["ask", "--tasks", "mmlu", "--out", str(tmp_path)]) == 2  # a group
