@@ -129,6 +129,7 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "work of Gemma": functools.partial(_work, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
     "work of Qwen": functools.partial(_work, _QWEN),
     "quality": functools.partial(_quality, "--dtype"),
+    "quality of Gemma": functools.partial(_quality, GEMMA),
     "speed": _speed,
     "faults": _faults,
 }
