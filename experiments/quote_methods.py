@@ -235,6 +235,7 @@ def below(stored: dict, path: str) -> str:
 CHELSEA: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.2 0.25"),
     "quality at half": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.5 0.1"),
+    "quality at a tenth": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.1"),
     "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m --texts"),
     "quality of Gemma at half": functools.partial(_chelsea_quality, "--model gemma3-270m --dtype"),
     "sweep": functools.partial(_chelsea_sweep, "--dtype float32"),
