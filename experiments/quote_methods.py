@@ -249,6 +249,7 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
 GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
 A2ATS: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_a2ats_quality, "--calibration books --dtype"),
+    "quality of Gemma": functools.partial(_a2ats_quality, f"--calibration books-gemma {GEMMA}"),
     "distances": functools.partial(_a2ats_distances, "--dtype float32"),
     "recall": functools.partial(_a2ats_recall, "--dtype"),
     "recall of Gemma": functools.partial(_a2ats_recall, GEMMA),
