@@ -74,7 +74,7 @@ def generate(
         say("prompt", state)
         piece = ids[:, start : start + PIECE]
         logits, state = kvjax.prefill(
-            model, piece, method, room=total - piece.shape[1], chunk=PIECE, state=state
+            model, piece, method, room=total - start - piece.shape[1], chunk=PIECE, state=state
         )
     for _ in range(0, steps, CALL):
         _saved(model, method, state, say)

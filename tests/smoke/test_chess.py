@@ -25,7 +25,7 @@ def learned(tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    model = tiny(byte_tokenizer(), context=512)
+    model = tiny(byte_tokenizer(), context=640)
     monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
 
 
