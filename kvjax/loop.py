@@ -116,12 +116,7 @@ def prefill(
     methods = program.methods
     n_queries = max(m.n_queries for m in methods)
     longest, context = int((ids >= 0).sum(1).max()), model.config.context_length
-    seen = 0 if state is None else int(np.max(state[0].seen))
-    if room < 0 or seen + longest + room > context:
-        raise ValueError(
-            f"a prompt and what follows it fit the context of {context} tokens, got {longest} and {room=}"
-            + (f" after {seen}" if seen else "")
-        )
+    _check_fits(context, 0 if state is None else int(np.max(state[0].seen)), longest, room)
     chunk = chunk_size(ids.shape[1], max(chunk, n_queries))
     ids = pad([row[row >= 0].tolist() for row in ids], chunk)
     if state is None:
@@ -143,6 +138,15 @@ def prefill(
         if compress == "chunk" or last:
             state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), program)
     return logits[:, 0], state
+
+
+def _check_fits(context: int, seen: int, longest: int, room: int) -> None:
+    """Raises where a prompt, after what was seen, and the room after it are longer than the context."""
+    if room < 0 or seen + longest + room > context:
+        raise ValueError(
+            f"a prompt and what follows it fit the context of {context} tokens, got {longest} and {room=}"
+            + (f" after {seen}" if seen else "")
+        )
 
 
 def _positions(ids: np.ndarray, state: State) -> np.ndarray:

@@ -133,6 +133,22 @@ def test_a_store_gives_back_what_it_was_given(tmp_path_factory, data):
     one.close()
 
 
+def test_neighbours_are_read_at_once_and_each_is_checked(tmp_path, monkeypatch):
+    one, reads, preadv = store(tmp_path, 6), [], os.preadv
+    append(one, 100)  # 6 full chunks of each head
+    one.sync()
+    monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args[2]) or preadv(*args))
+    numbers = [LAYOUT.number(1, 2, chunk) for chunk in (0, 1, 2, 4, 5)]  # 3 is left out
+    found = [rows.copy() for rows in one.files.read(numbers)]
+    assert len(reads) == 2
+    for chunk, rows in zip((0, 1, 2, 4, 5), found, strict=True):
+        np.testing.assert_array_equal(rows, ROWS[1, 2, 16 * chunk : 16 * chunk + 16])
+    flipped(tmp_path / "a", (numbers[1] + 1) * LAYOUT.stride + 50)
+    with pytest.raises(DamagedBlock, match="tokens 16 to 31 of KV head 2, row 1"):
+        list(one.files.read(numbers))
+    one.close()
+
+
 def test_four_bits_err_by_half_a_step_at_most_and_are_taken_as_time_asks(tmp_path):
     one = store(tmp_path, 6, int4=True)
     append(one, 100)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from method_cases import MODELS, NEW, PROMPTS, run
 
 import kvjax
-from kvjax import cache, chunk_tree, measure, tiers
+from kvjax import cache, chunk_tree, measure, states, tiers
 from kvjax.far_tree import FarTree
 from kvjax.methods.leoam import LeoAM
 from pallas_kernels.host import on_host
@@ -168,6 +168,18 @@ def test_the_device_holds_as_many_lines_as_its_bytes(where):
     assert held[120_000] > 12
     line_bytes = 2 * (2 * 4 * 16 * 4 + 8)  # heads; K and V, tokens, channels, float32; what and when
     assert device_bytes(kv) <= 60_000 < device_bytes(kv) + line_bytes
+
+
+def test_abstracts_on_the_host_count_as_its_memory(monkeypatch):
+    method = leoam(tier="host", abstracts="host", root=None)
+    far = [(kv.tier.far, kv.aux.far) for kv in states.init_state(MODEL, method, 1, 200)]
+    needed = measure.nbytes(far)
+    assert needed > measure.nbytes([rows for rows, _ in far])
+    monkeypatch.setattr(tiers, "_free", lambda here: needed)
+    states.init_state(MODEL, method, 1, 200)
+    monkeypatch.setattr(tiers, "_free", lambda here: needed - 1)
+    with pytest.raises(MemoryError, match="K and V fit into host memory"):
+        states.init_state(MODEL, method, 1, 200)
 
 
 @pytest.mark.parametrize(
