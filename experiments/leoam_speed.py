@@ -5,6 +5,7 @@
     fixed       LeoAM with leaves as large as chunks of the disk, known by boxes, and nothing read ahead
     leoam       leaves of 32, known by their means, and what the next layer may ask for read ahead
     leoam4      the same, a share of the chunks in 4 bits
+    leoam-host  as leoam, the abstracts on the host as well
 
 A budget of 2 GB on the device and 8 GB on the host emulates a commodity machine; K, V and abstracts count.
 The pool begins full of the first chunks of each head. `computing` is the part of a step in which no layer
@@ -66,7 +67,7 @@ class Speed:
     """
 
     cases: tuple[str, ...] = (*(f"llama-3.1-8b:{b}x32768" for b in (1, 4, 8)), "longchat-7b:1x32768")
-    names: tuple[str, ...] = ("full", "prefetch", "fixed", "leoam", "leoam4")
+    names: tuple[str, ...] = ("full", "prefetch", "fixed", "leoam", "leoam4", "leoam-host")
     topk: float = 0.035
     overlap: float = 0.55
     device_gb: float = 2.0
@@ -191,6 +192,7 @@ _NAMES = {
     "fixed": lambda settings, case: _leoam(settings, case, leaf=settings.chunk, ahead=False),
     "leoam": _leoam,
     "leoam4": functools.partial(_leoam, int4=True),
+    "leoam-host": functools.partial(_leoam, abstracts="host"),
 }
 
 

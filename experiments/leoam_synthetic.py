@@ -104,7 +104,8 @@ def filled(
         store.end[:] = seen
         _warm(store)
         if isinstance(one, LeoAM):
-            kv = kv.replace(aux=_tree(jax.random.key(seed + i), kv, one.shape, seen, tau))
+            tree = _tree(jax.random.key(seed + i), kv, one.shape, seen, tau)
+            kv = kv.replace(aux=one.placed(tree, kv.fill, kv.slots))
         state.append(kv)
     return tuple(state)
 

@@ -199,9 +199,9 @@ class LeoAM(CacheMethod):
         if self.topk is None:
             return kv
         tree = chunk_tree.empty(batch, layer.head_dim, dtype, kv.slots, self.shape)
-        return kv.replace(aux=self._placed(tree, kv.fill, kv.slots))
+        return kv.replace(aux=self.placed(tree, kv.fill, kv.slots))
 
-    def _placed(self, tree: Tree, end: Int[Array, "B K"], slots: tuple[int, ...]) -> Tree | FarTree:
+    def placed(self, tree: Tree, end: Int[Array, "B K"], slots: tuple[int, ...]) -> Tree | FarTree:
         """Returns the tree where abstracts lie."""
         if self.abstracts == "device":
             return tree
@@ -269,7 +269,7 @@ class LeoAM(CacheMethod):
         if self.topk is None or kv.tier is not None:
             return kv
         tree = chunk_tree.build(storage.read(kv.k), kv.mass, kv.slots, self.shape)
-        return kv.replace(aux=self._placed(tree, kv.fill, kv.slots))
+        return kv.replace(aux=self.placed(tree, kv.fill, kv.slots))
 
     def select(self, kv: KV, q: Queries, pos: Positions) -> Selection | None:
         """Returns the leaves that this query reads; prompts (T > 1) read all."""

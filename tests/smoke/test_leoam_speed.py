@@ -1,0 +1,53 @@
+"""Times LeoAM on a tiny random model whose rows lie on a disk: each name has its row and bytes."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+
+from experiments import leoam_speed, results
+from experiments.leoam_speed import Speed, speed
+from kvjax.chunk_files import Layout
+
+CASE = "tiny/2:2x2048"
+CHUNKS = 2048 // 64 - 1  # the last is what steps write to
+LAYER = 4 * 2 * 8 * 128 * 2048  # bytes of K and V of two rows
+TINY = Speed(cases=(CASE,), topk=0.1, device_gb=0.02, host_gb=1.2 * LAYER / 1e9, steps=4, samples=1, warm=2)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speed")
+    settings = dataclasses.replace(TINY, out=folder / "out", disk=folder / "disk")
+    assert speed(settings) == 0
+    (path,) = (settings.out / "leoam_speed").glob("*.json")
+    return settings, results.load(path)
+
+
+def test_every_name_has_its_row_and_what_it_is_compared_with(measured):
+    settings, data = measured
+    assert tuple(row["name"] for row in data["rows"] if row["part"] == "decode") == settings.names
+    compared = {key.removeprefix("leoam.speedup_over_").split("_")[0] for key in data["claims"]}
+    assert compared == {"full", "prefetch", "fixed", "leoam4", "leoam-host", "leoam.latency"}
+    assert all(math.isfinite(value) and value > 0 for value in data["claims"].values())
+    assert not settings.disk.exists()
+
+
+def test_what_reads_everything_reads_the_layer_that_is_not_on_the_host(measured):
+    rows = {row["name"]: row for row in measured[1]["rows"] if row["part"] == "decode"}
+    for name in ("full", "prefetch"):
+        assert rows[name]["disk_bytes"] == 2 * 8 * CHUNKS * Layout(2, 8, 2048, 128, np.float16, 64).stride
+    assert all(rows[name]["disk_bytes"] < LAYER / 2 for name in ("fixed", "leoam", "leoam-host"))
+    assert all(0 < rows[name]["hit_rate"] < 1 for name in ("fixed", "leoam", "leoam4", "leoam-host"))
+
+
+def test_the_same_command_goes_on_from_its_rows(measured, monkeypatch, capsys):
+    monkeypatch.setattr(leoam_speed, "_timed", pytest.fail)
+    assert speed(measured[0]) == 0
+    assert "found on the device" in capsys.readouterr().out
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"a name is one of full, prefetch, fixed, leoam.*got fuller"):
+        speed(dataclasses.replace(TINY, names=("full", "fuller")))
