@@ -85,9 +85,12 @@ def _quality(options: str) -> str:
     return "\n".join(lines) + below(stored, path)
 
 
-def _speed() -> str:
-    """Returns steps of contexts on a disk."""
-    stored, path = results.newest("leoam", " speed", "leoam_speed")
+def _speed(options: str) -> str:
+    """Returns steps of contexts on a disk.
+
+    options: what the command begins with.
+    """
+    stored, path = results.newest("leoam", f" speed {options}", "leoam_speed")
     lines = [
         "| shape, rows | | step, ms | times as fast as full | found on the device "
         "| of the rest, on the host, read ahead | from disk, MiB | that at the disk's rate, ms "
@@ -100,7 +103,7 @@ def _speed() -> str:
     for r in rows:
         chooses = r["name"].startswith(("leoam", "fixed"))
         found = (f"{r['hit_rate']:.1%}", f"{r['pooled']:.0%}, {r['expected']:.0%}") if chooses else ("", "")
-        shares = ", ".join(f"{r[k]:.0%}" for k in ("computing", "disk", "link"))
+        shares = ", ".join(f"{max(r[k], 0):.0%}" for k in ("computing", "disk", "link"))
         lines.append(
             f"| {r['spec'].replace(' bfloat16', '')}, {r['batch']} | {r['name']} | {r['step_us'] / 1e3:,.1f} "
             f"| {full[r['spec'], r['batch']] / r['step_us']:.2f} | {found[0]} | {found[1]} "
@@ -131,6 +134,7 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "work of Qwen": functools.partial(_work, _QWEN),
     "quality": functools.partial(_quality, "--dtype"),
     "quality of Gemma": functools.partial(_quality, GEMMA),
-    "speed": _speed,
+    "speed": functools.partial(_speed, "--cases llama-3.1-8b:8x32768 longchat-7b:1x32768"),
+    "speed of fewer rows": functools.partial(_speed, "--samples 2"),
     "faults": _faults,
 }

@@ -51,3 +51,12 @@ def test_the_same_command_goes_on_from_its_rows(measured, monkeypatch, capsys):
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"a name is one of full, prefetch, fixed, leoam.*got fuller"):
         speed(dataclasses.replace(TINY, names=("full", "fuller")))
+
+
+def test_where_abstracts_do_not_fit_the_device_they_may_lie_on_the_host(tmp_path):
+    settings = dataclasses.replace(
+        TINY, device_gb=0.0076, names=("leoam-host",), out=tmp_path / "out", disk=tmp_path / "disk"
+    )
+    assert speed(settings) == 0
+    with pytest.raises(ValueError, match="raise device_budget"):
+        speed(dataclasses.replace(settings, names=("leoam",)))
