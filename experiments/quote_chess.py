@@ -8,6 +8,8 @@ from experiments.quote_methods import GEMMA, QWEN, below
 
 __all__ = ["CHESS"]
 
+_PATTERN = "--pattern experiments/results/chess_quality/cpu-2026-11-26.json"
+
 
 def _chess_quality(options: str) -> str:
     """Returns what methods of activation sparsity lose at equal sparsity.
@@ -45,9 +47,12 @@ def _chess_together() -> str:
     return "\n".join(lines) + below(stored, path)
 
 
-def _chess_speed(part: str) -> str:
-    """Returns decode steps: times, what the bytes allow, and how many activations were 0."""
-    stored, path = results.newest("chess", " speed", "chess_speed", part=part)
+def _chess_speed(part: str, options: str, whole: bool = False) -> str:
+    """Returns decode steps: times, what the bytes allow, and how many activations were 0.
+
+    options: what the command begins with after the pattern, or all of them.
+    """
+    stored, path = results.newest("chess", f" speed {_PATTERN}{options}", "chess_speed", part, whole)
     lines = [
         "| rows | cache | weights | method | sparsity | zeros by site | step, µs | of limit | times as fast "
         "| bytes allow |",
@@ -85,6 +90,7 @@ CHESS: Mapping[str, Callable[[], str]] = {
         "--sparsities 0.5 --refine 40",
     ),
     "together": _chess_together,
-    "speed": functools.partial(_chess_speed, "sparsity"),
-    "speed together": functools.partial(_chess_speed, "together"),
+    "speed": functools.partial(_chess_speed, "sparsity", "", True),
+    "speed again": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True --sparsities 0.5"),
+    "speed together": functools.partial(_chess_speed, "together", " --sparsities 0.5"),
 }

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from experiments import results
 from experiments.quote_methods import GEMMA, QWEN, below
@@ -85,31 +86,40 @@ def _quality(options: str) -> str:
     return "\n".join(lines) + below(stored, path)
 
 
-def _speed(options: str) -> str:
-    """Returns steps of contexts on a disk.
+def _speed(*options: str) -> str:
+    """Returns steps of contexts on a disk, of a run each.
 
-    options: what the command begins with.
+    options: what the commands begin with.
     """
-    stored, path = results.newest("leoam", f" speed {options}", "leoam_speed")
-    lines = [
+    lines, endings = [
         "| shape, rows | | step, ms | times as fast as full | found on the device "
         "| of the rest, on the host, read ahead | from disk, MiB | that at the disk's rate, ms "
         "| computing, disk, link |",
         "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
-    rows = [r for r in stored["rows"] if r["part"] == "decode"]
-    rate = next(r["disk_read"] for r in stored["rows"] if r["part"] == "bandwidths")
-    full = {(r["spec"], r["batch"]): r["step_us"] for r in rows if r["name"] == "full"}
-    for r in rows:
-        chooses = r["name"].startswith(("leoam", "fixed"))
-        found = (f"{r['hit_rate']:.1%}", f"{r['pooled']:.0%}, {r['expected']:.0%}") if chooses else ("", "")
-        shares = ", ".join(f"{max(r[k], 0):.0%}" for k in ("computing", "disk", "link"))
-        lines.append(
-            f"| {r['spec'].replace(' bfloat16', '')}, {r['batch']} | {r['name']} | {r['step_us'] / 1e3:,.1f} "
-            f"| {full[r['spec'], r['batch']] / r['step_us']:.2f} | {found[0]} | {found[1]} "
-            f"| {r['disk_bytes'] / 2**20:,.0f} | {r['disk_bytes'] / rate * 1e3:,.0f} | {shares} |"
-        )
-    return "\n".join(lines) + below(stored, path)
+    ], []  # fmt: skip
+    for words in options:
+        stored, path = results.newest("leoam", f" speed {words}", "leoam_speed")
+        rows = [r for r in stored["rows"] if r["part"] == "decode"]
+        rate = next(r["disk_read"] for r in stored["rows"] if r["part"] == "bandwidths")
+        full = {(r["spec"], r["batch"]): r["step_us"] for r in rows if r["name"] == "full"}
+        lines += [_step(r, full[r["spec"], r["batch"]], rate) for r in rows]
+        endings.append(below(stored, path))
+    return "\n".join(lines) + "".join(endings)
+
+
+def _step(r: Mapping[str, Any], full_us: float, rate: float) -> str:
+    """Returns a row of the table of steps.
+
+    rate: of the disk, bytes per second.
+    """
+    chooses = r["name"].startswith(("leoam", "fixed"))
+    found = (f"{r['hit_rate']:.1%}", f"{r['pooled']:.0%}, {r['expected']:.0%}") if chooses else ("", "")
+    shares = ", ".join(f"{max(r[k], 0):.0%}" for k in ("computing", "disk", "link"))
+    return (
+        f"| {r['spec'].replace(' bfloat16', '')}, {r['batch']} | {r['name']} | {r['step_us'] / 1e3:,.1f} "
+        f"| {full_us / r['step_us']:.2f} | {found[0]} | {found[1]} "
+        f"| {r['disk_bytes'] / 2**20:,.0f} | {r['disk_bytes'] / rate * 1e3:,.0f} | {shares} |"
+    )
 
 
 def _faults() -> str:
@@ -134,7 +144,11 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "work of Qwen": functools.partial(_work, _QWEN),
     "quality": functools.partial(_quality, "--dtype"),
     "quality of Gemma": functools.partial(_quality, GEMMA),
-    "speed": functools.partial(_speed, "--cases llama-3.1-8b:8x32768 longchat-7b:1x32768"),
-    "speed of fewer rows": functools.partial(_speed, "--samples 2"),
+    "speed": functools.partial(
+        _speed,
+        "--samples 2",
+        "--cases llama-3.1-8b:8x32768 --names full leoam-host",
+        "--cases longchat-7b:1x32768 --names full fixed leoam",
+    ),
     "faults": _faults,
 }

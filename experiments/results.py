@@ -133,7 +133,11 @@ def load(path: str | Path) -> dict:
 
 
 def newest(
-    experiment: str, options: str | None = None, folder: str | None = None, part: str | None = None
+    experiment: str,
+    options: str | None = None,
+    folder: str | None = None,
+    part: str | None = None,
+    whole: bool = False,
 ) -> tuple[dict, str]:
     """Returns the newest stored run of an experiment, and its path in the repository.
 
@@ -141,13 +145,14 @@ def newest(
         options: what its command begins with after the experiment's name; None: the command has none.
         folder: of the results, where it is not the experiment's name.
         part: what it has rows of, where its rows say which part they are.
+        whole: the command ends with these options.
     """
-    command = f"python -m experiments.{experiment}"
+    command = f"python -m experiments.{experiment}{options or ''}"
     found = [(load(path), path) for path in (FOLDER / (folder or experiment)).glob("*.json")]
     fits = [
         (run, path)
         for run, path in found
-        if (run["command"] == command if options is None else run["command"].startswith(command + options))
+        if (run["command"] == command if whole or options is None else run["command"].startswith(command))
         and (part is None or any(row["part"] == part for row in run["rows"]))
     ]
     stored, path = max(fits, key=lambda pair: pair[0]["date"])
