@@ -18,6 +18,7 @@ _SPEED = """
     a step off the straight line, at most | % | | line_deviation
 """
 
+GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
 _PROSE = "--texts moby-dick.txt pydoc_data.topics"
 
 
@@ -238,6 +239,7 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "quality at a tenth": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.1"),
     "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m --texts"),
     "quality of Gemma at half": functools.partial(_chelsea_quality, "--model gemma3-270m --dtype"),
+    "quality of Qwen": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32"),
     "sweep": functools.partial(_chelsea_sweep, "--dtype float32"),
     "recent": functools.partial(_chelsea_sweep, "--texts"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
@@ -246,7 +248,6 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "speed of Qwen": functools.partial(_chelsea_speed, "--cases qwen2.5-1.5b"),
     "requests": _chelsea_requests,
 }
-GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
 A2ATS: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_a2ats_quality, "--calibration books --dtype"),
     "quality of Gemma": functools.partial(_a2ats_quality, f"--calibration books-gemma {GEMMA}"),
