@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from experiments import results
 
-__all__ = ["A2ATS", "CHELSEA", "GEMMA", "QWEN", "below"]
+__all__ = ["A2ATS", "CHELSEA", "GEMMA", "PROSE", "QWEN", "below"]
 
 _SPEED = """
     tokens a second where memory is equal, 8 full rows of 32,768, 8B | | 4.5 | equal_memory_throughput
@@ -19,7 +19,7 @@ _SPEED = """
 """
 
 GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
-_PROSE = "--texts moby-dick.txt pydoc_data.topics"
+PROSE = "--texts moby-dick.txt pydoc_data.topics"
 
 
 def _chelsea_quality(options: str) -> str:
@@ -234,9 +234,9 @@ def below(stored: dict, path: str) -> str:
 
 
 CHELSEA: Mapping[str, Callable[[], str]] = {
-    "quality": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.2 0.25"),
-    "quality at half": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.5 0.1"),
-    "quality at a tenth": functools.partial(_chelsea_quality, f"{_PROSE} --keeps 0.1"),
+    "quality": functools.partial(_chelsea_quality, f"{PROSE} --keeps 0.2 0.25"),
+    "quality at half": functools.partial(_chelsea_quality, f"{PROSE} --keeps 0.5 0.1"),
+    "quality at a tenth": functools.partial(_chelsea_quality, f"{PROSE} --keeps 0.1"),
     "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m --texts"),
     "quality of Gemma at half": functools.partial(_chelsea_quality, "--model gemma3-270m --dtype"),
     "quality of Qwen": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32"),

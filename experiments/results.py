@@ -138,6 +138,7 @@ def newest(
     folder: str | None = None,
     part: str | None = None,
     whole: bool = False,
+    claim: str | None = None,
 ) -> tuple[dict, str]:
     """Returns the newest stored run of an experiment, and its path in the repository.
 
@@ -146,6 +147,7 @@ def newest(
         folder: of the results, where it is not the experiment's name.
         part: what it has rows of, where its rows say which part they are.
         whole: the command ends with these options.
+        claim: a figure that it has.
     """
     command = f"python -m experiments.{experiment}{options or ''}"
     found = [(load(path), path) for path in (FOLDER / (folder or experiment)).glob("*.json")]
@@ -154,6 +156,7 @@ def newest(
         for run, path in found
         if (run["command"] == command if whole or options is None else run["command"].startswith(command))
         and (part is None or any(row["part"] == part for row in run["rows"]))
+        and (claim is None or claim in run["claims"])
     ]
     stored, path = max(fits, key=lambda pair: pair[0]["date"])
     return stored, path.relative_to(ROOT).as_posix()
