@@ -10,7 +10,8 @@ _SHARE, _HOST = f"quality {PROSE} --keeps 0.2 0.25", "speed --bits 8 --topk 0.01
 _FIGURES = (
     ("chelsea", "KL to the full cache, a fifth of the slots, refined budgets, SmolLM2", ".4f", "0.030",
      _SHARE, "smollm2.chelsea_refined.kl@0.2"),
-    ("chelsea", "that of H2O with budgets refined like them", ".4f", "", _SHARE, "smollm2.h2o_refined.kl@0.2"),
+    ("chelsea", "that of H2O with budgets refined like them", ".4f", "",
+     _SHARE, "smollm2.h2o_refined.kl@0.2"),
     ("chelsea", "decode step, 1.5B shape, 64 rows of 32,768 tokens, a fifth kept", "x", "3.19x",
      "speed --cases qwen2.5-1.5b:64x32768", "chelsea.decode_speedup_qwen_b64_32k"),
     ("chelsea", "a prompt of 32,768 tokens and 1,024 after it", "x", "2.72x",
