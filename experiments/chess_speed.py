@@ -9,6 +9,7 @@ bytes take at the copy rate measured by the same process: the weights that it re
 same state, and the cache. `bytes_allow` is the ratio of the dense step's bytes to these.
 """
 
+import functools
 import json
 import shlex
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.models.quantize import quantize
 from kvjax.sparsity import SPARSITIES
-from kvjax.thresholds import Site, Thresholds
+from kvjax.thresholds import ActivationSparsity, Site, Thresholds
 
 __all__ = ["Speed", "speed"]
 
@@ -90,6 +91,7 @@ def speed(settings: Speed) -> int:
     for name in settings.parts:
         stored = _PARTS[name](settings, stored, pattern)
     random_model.cache_clear()
+    _synthetic.cache_clear()
     print(stored.path)
     return 0
 
@@ -172,7 +174,7 @@ def _measured(
     if stored.find(row) is None:
         rate = copy_rate(settings.copy_mib)
         model = case.model(settings.seed)
-        found = _thresholds(settings, model, row, pattern)
+        found = _thresholds(settings, case, row, pattern)
         model = quantize(model) if row.get("weight_bits") == 8 else model
         method = spec.parse(cache.format(budget=case.tokens // 5))
         stored = stored.add(row, _timed(settings, case, model, found, method, rate, base))
@@ -187,13 +189,28 @@ def _measured(
 
 
 def _thresholds(
-    settings: Speed, model: Model, row: Mapping[str, Any], pattern: Mapping[str, Any]
+    settings: Speed, case: Case, row: Mapping[str, Any], pattern: Mapping[str, Any]
 ) -> Thresholds | None:
     if row["name"] == "dense":
         return None
     method = spec.parse(row["name"], SPARSITIES, sparsity=row["sparsity"])
     rates = _rates(pattern, row["name"], row["sparsity"])
-    return synthetic(model, method, rates, row["slots"], settings.seed)
+    at = None if rates is None else tuple(rates)
+    return _synthetic(case.shape, case.layers, method, at, row["slots"], settings.seed)
+
+
+@functools.lru_cache(maxsize=8)
+def _synthetic(
+    shape: str,
+    n_layers: int | None,
+    method: ActivationSparsity,
+    rates: tuple[float, ...] | None,
+    tokens: int,
+    seed: int,
+) -> Thresholds:
+    """Returns what `synthetic` finds; batches and widths of weights share it."""
+    rates = None if rates is None else np.asarray(rates)
+    return synthetic(random_model(shape, n_layers, seed), method, rates, tokens, seed)
 
 
 def _timed(
