@@ -138,6 +138,9 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "recall": functools.partial(_recall, "--dtype float32 --docs 2"),
     "recall, longer": functools.partial(_recall, "--dtype float32 --docs 1 --context 7168"),
     "recall of Gemma": functools.partial(_recall, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
+    "recall of Gemma, longer": functools.partial(
+        _recall, f"{GEMMA} --dtype float32 --docs 1 --context 16384"
+    ),
     "recall of Qwen": functools.partial(_recall, _QWEN),
     "work": functools.partial(_work, "--dtype float32 --docs 2"),
     "work of Gemma": functools.partial(_work, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
