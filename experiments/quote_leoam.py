@@ -147,6 +147,7 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "work of Qwen": functools.partial(_work, _QWEN),
     "quality": functools.partial(_quality, "--dtype"),
     "quality of Gemma": functools.partial(_quality, GEMMA),
+    "quality of Qwen": functools.partial(_quality, QWEN),
     "speed": functools.partial(
         _speed,
         "--samples 2",
