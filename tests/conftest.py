@@ -48,7 +48,7 @@ _AS_EVER = (
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")  # before a module's own fixtures, which are compared with
 def _programs_made_sooner(request):
     """Leaves out most of the compiler's optimizations where that takes less time in all."""
     folder, name = request.path.parent.name, request.path.name
