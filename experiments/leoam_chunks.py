@@ -20,13 +20,38 @@ from pallas_kernels import bound_scores
 __all__ = ["WAYS", "Asked", "accepted", "asked", "chosen", "descents", "predictions"]
 
 LEAF = 16  # tokens of a leaf where ways do not say
-WAYS: Mapping[str, Shape] = {
-    "leaf 8": Shape(8, None), "leaf 16": Shape(16, None), "leaf 32": Shape(32, None),
-    "leaf 64": Shape(64, None), "2 pairs": Shape(16, None, 2), "4 pairs": Shape(16, None, 4),
-    "1 point": Shape(16, None, 1, True), "2 points": Shape(16, None, 2, True),
-    "4 points": Shape(16, None, 4, True), "leaf 8, 1 point": Shape(8, None, 1, True),
-    "leaf 32, 4 points": Shape(32, None, 4, True), "1 middle": Shape(16, None, 1, True),
-    "leaf 8, 1 middle": Shape(8, None, 1, True), "leaf 32, 1 middle": Shape(32, None, 1, True),
+
+
+class Way(NamedTuple):
+    """What leaves are known by."""
+
+    shape: Shape
+    middle: bool = False  # parts have the middle of their box, where points have the mean of their keys
+    bits: int | None = None  # of codes with a scale and a least value for each vector; None is bfloat16
+
+    def share(self, head_dim: int) -> float:
+        """Returns the bytes of all abstracts of leaves as a share of those of K and V in bfloat16."""
+        vectors = self.shape.pairs / self.shape.leaf / (2 if self.shape.points else 1)
+        return vectors * (1 if self.bits is None else (self.bits * head_dim + 32) / (16 * head_dim))
+
+
+def _parts(leaf: int, n: int = 1, *, middle: bool = False, bits: int | None = None) -> Way:
+    """Returns leaves of n parts that have a vector each."""
+    return Way(Shape(leaf, None, n, points=True), middle, bits)
+
+
+WAYS: Mapping[str, Way] = {
+    "leaf 8": Way(Shape(8, None)), "leaf 16": Way(Shape(16, None)), "leaf 32": Way(Shape(32, None)),
+    "leaf 64": Way(Shape(64, None)), "2 pairs": Way(Shape(16, None, 2)), "4 pairs": Way(Shape(16, None, 4)),
+    "leaf 8, 8 bits": Way(Shape(8, None), bits=8), "leaf 8, 4 bits": Way(Shape(8, None), bits=4),
+    "1 point": _parts(16), "2 points": _parts(16, 2), "4 points": _parts(16, 4),
+    "leaf 8, 1 point": _parts(8), "leaf 8, 1 point, 8 bits": _parts(8, bits=8),
+    "leaf 8, 1 point, 4 bits": _parts(8, bits=4), "leaf 4, 1 point, 4 bits": _parts(4, bits=4),
+    "leaf 32, 4 points": _parts(32, 4), "1 middle": _parts(16, middle=True),
+    "leaf 8, 1 middle": _parts(8, middle=True), "leaf 8, 1 middle, 8 bits": _parts(8, middle=True, bits=8),
+    "leaf 8, 1 middle, 4 bits": _parts(8, middle=True, bits=4),
+    "leaf 4, 1 middle, 4 bits": _parts(4, middle=True, bits=4),
+    "leaf 32, 1 middle": _parts(32, middle=True),
 }  # fmt: skip
 
 
@@ -59,21 +84,31 @@ def asked(record: Record, at: Int[np.ndarray, " Q"], layer: Layer, settings: Any
     return Asked(q, keys, at, p, always)
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "middle"))
-def _tree(keys: Float[Array, "K T D"], at: Int[Array, " Q"], shape: Shape, middle: bool = False) -> Tree:
-    """Returns for each query the tree of the tokens that it sees.
-
-    middle: a part has the middle of its box, where others have the mean of its keys.
-    """
+@functools.partial(jax.jit, static_argnames="way")
+def _tree(keys: Float[Array, "K T D"], at: Int[Array, " Q"], way: Way) -> Tree:
+    """Returns for each query the tree of the tokens that it sees."""
     n_heads, length, size = keys.shape
     mass = jnp.tile(jnp.arange(length) <= at[:, None], (1, n_heads)).astype(jnp.float32)
     every = jnp.broadcast_to(keys.reshape(1, -1, size), (len(at), n_heads * length, size))
-    slots = (length,) * n_heads
-    if not middle:
-        return chunk_tree.build(every, mass, slots, shape)
-    boxes = chunk_tree.build(every, mass, slots, replace(shape, points=False))
-    none = boxes.low > boxes.high
-    return boxes.replace(low=jnp.where(none, jnp.inf, (boxes.low + boxes.high) / 2), high=None)
+    tree = chunk_tree.build(
+        every, mass, (length,) * n_heads, replace(way.shape, points=way.shape.points and not way.middle)
+    )
+    if way.middle:
+        none = tree.low > tree.high
+        tree = tree.replace(low=jnp.where(none, jnp.inf, (tree.low + tree.high) / 2), high=None)
+    if way.bits is None:
+        return tree
+    return tree.replace(low=_coded(tree.low, way.bits), high=_coded(tree.high, way.bits))
+
+
+def _coded(x: Float[Array, "Q N D"] | None, bits: int) -> Float[Array, "Q N D"] | None:
+    """Returns what codes of the vectors say; those without keys stay infinite."""
+    if x is None:
+        return None
+    least, most = x.min(-1, keepdims=True), x.max(-1, keepdims=True)
+    scale, least = (y.astype(jnp.bfloat16).astype(x.dtype) for y in ((most - least) / (2**bits - 1), least))
+    codes = jnp.clip(jnp.round((x - least) / scale), 0, 2**bits - 1)
+    return jnp.where(jnp.isfinite(x), codes * scale + least, x)
 
 
 def _forced(here: Asked, leaf: int, settings: Any) -> Int[Array, "Q K F"]:
@@ -97,15 +132,14 @@ def _count(here: Asked, tokens: Float[Array, " Q"], leaf: int, settings: Any) ->
 def _best(
     here: Asked,
     tokens: Float[Array, " Q"],
-    shape: Shape,
+    way: Way,
     settings: Any,
     *,
     q: Array | None = None,
-    middle: bool = False,
 ) -> tuple[Int[Array, "Q K N"], Int[Array, "Q K"]]:
     """Returns the leaves that hold so many tokens, those of window and sinks included, and evaluations."""
-    n_heads, length = here.keys.shape[:2]
-    tree, forced = _tree(here.keys, here.at, shape, middle), _forced(here, shape.leaf, settings)
+    (n_heads, length), shape = here.keys.shape[:2], way.shape
+    tree, forced = _tree(here.keys, here.at, way), _forced(here, shape.leaf, settings)
     count, most = _count(here, tokens, shape.leaf, settings), -(-length // shape.leaf)
     q = here.q if q is None else q
     return _searched(tree, q, forced, most, (length,) * n_heads, shape, count)
@@ -144,25 +178,20 @@ def _figures(mask: Bool[Array, "Q K T"], here: Asked) -> dict[str, Array]:
     }
 
 
-def _abstracts(shape: Shape) -> float:
-    """Returns the bytes of all abstracts of leaves as a share of those of K and V."""
-    return shape.pairs / shape.leaf / (2 if shape.points else 1)
-
-
 def chosen(here: Asked, share: float, settings: Any) -> dict[str, dict[str, float | None]]:
     """Returns the figures of each way, where tokens are that share, and where bytes read are (`_at_bytes`).
 
     Also those of the best leaves, and of the best tokens, by their true attention.
     """
     seen, found = here.at + 1.0, {}
-    for name, shape in WAYS.items():
-        abstracts, middle = _abstracts(shape), name.endswith("middle")
-        idx, _ = _best(here, share * seen, shape, settings, middle=middle)
+    for name, way in WAYS.items():
+        abstracts, shape = way.share(here.keys.shape[2]), way.shape
+        idx, _ = _best(here, share * seen, way, settings)
         values = _as_floats(_figures(_tokens(idx, shape.leaf, here), here)) | {"abstracts": abstracts}
         values["read"] = values["tokens"] + abstracts
         left = (share - abstracts) * seen
         if fits := bool((left >= settings.window + settings.n_sinks + 2 * shape.leaf).all()):
-            idx, _ = _best(here, left, shape, settings, middle=middle)
+            idx, _ = _best(here, left, way, settings)
             equal = _as_floats(_figures(_tokens(idx, shape.leaf, here), here))
         for k in ("mass", "far", "tokens"):
             values[f"{k}_at_bytes"] = equal[k] if fits else None
@@ -190,15 +219,15 @@ def descents(here: Asked, share: float, settings: Any) -> dict[str, dict[str, fl
     """
     seen, found = here.at + 1.0, {}
     for root in settings.roots:
-        shape = Shape(LEAF, root)
-        _, evaluated = _best(here, share * seen, shape, settings)
+        way = Way(Shape(LEAF, root))
+        _, evaluated = _best(here, share * seen, way, settings)
         left = share * seen - evaluated.mean(1)  # a box is as long as a token's key and value
         values = {
             "of_leaves": float((evaluated / jnp.ceil(seen / LEAF)[:, None]).mean()),
             "of_tokens": float((evaluated / seen[:, None]).mean()),
         }
         fits = bool((left >= settings.window + settings.n_sinks + 2 * LEAF).all())
-        idx, again = _best(here, left, shape, settings)
+        idx, again = _best(here, left, way, settings)
         figures = _as_floats(_figures(_tokens(idx, LEAF, here), here))
         read = float((again / seen[:, None]).mean()) + figures["tokens"]
         values |= {f"{k}_at_bytes": figures[k] if fits else None for k in ("mass", "far", "tokens")}
@@ -213,17 +242,16 @@ def accepted(here: Asked, share: float, settings: Any) -> dict[str, float]:
     chosen leaves that lie in such.
     """
     seen, found = here.at + 1.0, {}
-    flat, (n_heads, length) = Shape(LEAF, None), here.keys.shape[:2]
+    flat, (n_heads, length) = WAYS[f"leaf {LEAF}"], here.keys.shape[:2]
     idx, _ = _best(here, share * seen, flat, settings)
-    score = chunk_search.scores(_tree(here.keys, here.at, flat), here.q, (length,) * n_heads, flat)
+    score = chunk_search.scores(_tree(here.keys, here.at, flat), here.q, (length,) * n_heads, flat.shape)
     score = score.reshape(len(seen), n_heads, -1)
     mask = _tokens(idx, LEAF, here)[..., ::LEAF]
     free = ~_tokens(_forced(here, LEAF, settings), LEAF, here)[..., ::LEAF] & (score > -jnp.inf)
     least = jnp.where(mask & free, score, jnp.inf).min(-1, keepdims=True)
     for size in (LEAF, *settings.roots):
-        shape = Shape(size, None)
-        tree, slots = _tree(here.keys, here.at, shape), (length,) * n_heads
-        n = shape.n_leaves(slots)
+        way = Way(Shape(size, None))
+        tree, n = _tree(here.keys, here.at, way), way.shape.n_leaves((length,) * n_heads)
         _, lower = bound_scores(here.q, tree.low, tree.high, n_blocks=n, lower=True)
         lower = lower.reshape(len(seen), n_heads, -1)
         taken = jnp.repeat(lower >= least, size // LEAF, axis=-1)[..., : free.shape[-1]] & free
@@ -243,11 +271,11 @@ def predictions(
         before: one token earlier.
         foreseen: predicted queries, rotated.
     """
-    seen, shape = here.at + 1.0, Shape(LEAF, None)
-    true, _ = _best(here, share * seen, shape, settings)
-    guesses = {"last step": _best(before, share * seen, shape, settings)[0]}
+    seen, flat = here.at + 1.0, WAYS[f"leaf {LEAF}"]
+    true, _ = _best(here, share * seen, flat, settings)
+    guesses = {"last step": _best(before, share * seen, flat, settings)[0]}
     if foreseen is not None:
-        guesses["foreseen query"] = _best(here, share * seen, shape, settings, q=foreseen)[0]
+        guesses["foreseen query"] = _best(here, share * seen, flat, settings, q=foreseen)[0]
     truth = _tokens(true, LEAF, here)
     mine, found = truth & ~_tokens(_forced(here, LEAF, settings), LEAF, here), {}
     for name, idx in guesses.items():

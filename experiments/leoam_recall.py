@@ -4,6 +4,7 @@
     N pairs       chunks of 16 by those of N parts
     N points      chunks of 16 by the means of N parts
     1 middle      chunks of 16 by the middle of their smallest and largest key
+    N bits        by such vectors as codes, with a scale and a least value each
     true leaf N   chunks, or tokens, of largest attention: the most that a choice can catch
 
 A choice has a share of the tokens, window and sinks included (`mass`, `far`: outside these); or abstracts and

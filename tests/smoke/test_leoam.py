@@ -9,10 +9,11 @@ import pytest
 from method_cases import codebooks as random_codebooks
 
 import kvjax
-from experiments import leoam, leoam_recall, results, scoring
-from experiments.leoam_chunks import WAYS
+from experiments import leoam, leoam_chunks, leoam_recall, results, scoring
+from experiments.leoam_chunks import WAYS, Way, _tree
 from kvjax import text
 from kvjax.calibrate import codebooks
+from kvjax.chunk_tree import Shape
 from kvjax.methods import layers
 from kvjax.model import fingerprint
 from kvjax.rope import rotate
@@ -22,6 +23,16 @@ SIZES = [
     "--docs", "1", "--context", "512", "--queries", "2", "--shares", "0.3", "--roots", "32", "128",
     "--window", "16", "--n-sinks", "4",
 ]  # fmt: skip
+# Each is compiled.
+FEW_WAYS = (
+    "leaf 8",
+    "leaf 16",
+    "2 pairs",
+    "1 point",
+    "1 middle",
+    "leaf 8, 8 bits",
+    "leaf 8, 1 middle, 4 bits",
+)
 QUALITY = [
     "--docs", "1", "--context", "200", "--rest", "16", "--shares", "0.4", "--methods",
     "leoam:leaf=8,window=16,n_sinks=4", "quest:dense_layers=0", "--keys", "1", "--novel-keys", "0",
@@ -39,12 +50,14 @@ def model(monkeypatch):
 
 def test_every_way_to_rank_is_measured_once(tmp_path, monkeypatch, model):
     arguments = ["recall", *SIZES, "--out", str(tmp_path)]
+    ways = {way: WAYS[way] for way in FEW_WAYS}
+    monkeypatch.setattr(leoam_chunks, "WAYS", ways)
     assert leoam.main(arguments) == 0
     (path,) = (tmp_path / "leoam_recall").glob("*.json")
     data = results.load(path)
     assert [(row["layer"], row["share"]) for row in data["rows"]] == [(1, 0.3), (2, 0.3)]  # 0 has a window
     for row in data["rows"]:
-        assert row["ways"].keys() == {*WAYS, "true leaf 1", "true leaf 16"}
+        assert row["ways"].keys() == {*ways, "true leaf 1", "true leaf 16"}
         best = row["ways"]["true leaf 1"]
         assert best["useless"] == 0
         for way, values in row["ways"].items():
@@ -53,6 +66,7 @@ def test_every_way_to_rank_is_measured_once(tmp_path, monkeypatch, model):
             assert 0.2 < values["tokens"] < 0.31, way
         assert row["ways"]["leaf 16"]["far"] <= row["ways"]["true leaf 16"]["far"]
         assert row["ways"]["2 pairs"]["abstracts"] == row["ways"]["leaf 8"]["abstracts"] == 0.125
+        assert row["ways"]["leaf 8, 8 bits"]["abstracts"] == 0.125 * (8 * 8 + 32) / (16 * 8)
         for root, values in row["descents"].items():
             assert (
                 0 < values["of_leaves"] < 1 + 16 / int(root) + 1 / 28
@@ -68,6 +82,30 @@ def test_every_way_to_rank_is_measured_once(tmp_path, monkeypatch, model):
     monkeypatch.setattr(leoam_recall, "asked", pytest.fail)
     assert leoam.main(arguments) == 0
     assert results.load(path) == data
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_codes_are_half_a_step_off_at_most(bits):
+    rng = np.random.default_rng(0)
+    keys, at = jnp.asarray(rng.normal(size=(2, 32, 16)), jnp.float32), jnp.asarray([19, 31])
+    shape = Shape(8, None)
+    exact, coded = (_tree(keys, at, Way(shape, bits=n)) for n in (None, bits))
+    for x, y in ((exact.low, coded.low), (exact.high, coded.high)):
+        x, y = np.asarray(x).reshape(-1, 16), np.asarray(y).reshape(-1, 16)
+        there = np.isfinite(x).all(1)
+        assert there.sum() == 14  # the first query sees three leaves of a head's four
+        np.testing.assert_array_equal(x[~there], y[~there])
+        error = np.abs(x[there] - y[there]).max(1)
+        step = np.ptp(x[there], axis=1) / (2**bits - 1)
+        assert (error <= 0.5 * step + 0.01 * np.abs(x[there]).max(1)).all()  # scales are bfloat16
+        assert error.min() > 0
+
+
+def test_middles_are_those_of_boxes():
+    keys = jnp.asarray([[[0.0], [1.0], [5.0], [9.0]]])
+    tree = _tree(keys, jnp.asarray([3]), Way(Shape(2, None, points=True), middle=True))
+    assert tree.low[0, :, 0].tolist() == [0.5, 7.0]
+    assert tree.high is None
 
 
 def test_a_query_is_foreseen_from_the_layer_s_own_input(model):
