@@ -37,7 +37,7 @@ def _bounded_programs(request):
         jax.clear_caches()
 
 
-_COMPILE_MUCH = ("kernels", "laws", "unit")  # and compute little
+_COMPILE_MUCH = ("kernels", "laws", "smoke", "unit")  # and compute little
 # These look at programs, or compare bits.
 _AS_EVER = (
     "test_disk.py",

@@ -15,13 +15,13 @@ from kvjax.methods import METHODS, make
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig, RopeConfig
 
-N_LAYERS, CONTEXT, NEW, BATCH = 6, 2048, 256, 4
+N_LAYERS, CONTEXT, NEW, BATCH = 3, 2048, 256, 4
 TOTAL = CONTEXT + NEW
 QUARTER = TOTAL // 4
 
 
 def smollm2_shaped() -> Model:
-    """SmolLM2's layers, six of them, as shapes alone."""
+    """SmolLM2's layers, three of them, as shapes alone."""
     config = ModelConfig(
         family="llama",
         vocab_size=49152,

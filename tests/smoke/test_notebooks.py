@@ -55,6 +55,7 @@ def run(path, folder):
     paths = [str(ROOT), os.environ.get("PYTHONPATH")]
     environment = os.environ | {
         "KVJAX_NOTEBOOK_TOY": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # they compile much and compute little
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }

@@ -96,7 +96,7 @@ def test_reading_all_is_dense_attention(topk):
     np.testing.assert_allclose(ours, dense, atol=2e-4)
 
 
-@settings(max_examples=12)  # each compiles
+@settings(max_examples=6)  # each compiles
 @given(*(st.sampled_from(x) for x in ((1, 7, 40), (1, 9, 60), (1, 6, 20), (0, 3, 9))))
 def test_reads_each_token_once_and_always_the_newest_and_the_first(topk, n, window, n_sinks):
     method = a2ats(topk, window=window, n_sinks=n_sinks)
@@ -117,7 +117,7 @@ def test_codes_made_anew_are_those_made_on_the_way():
     assert (np.asarray(again.aux.codes) == np.asarray(kv.aux.codes)).mean() > 0.97  # keys are un-rotated
 
 
-@settings(max_examples=8)  # each compiles
+@settings(max_examples=4)  # each compiles
 @given(
     st.lists(st.integers(1, 13), min_size=1, max_size=6),
     st.sampled_from((1, 6, 20)),
