@@ -35,23 +35,22 @@ class Way(NamedTuple):
         return vectors * (1 if self.bits is None else (self.bits * head_dim + 32) / (16 * head_dim))
 
 
-def _parts(leaf: int, n: int = 1, *, middle: bool = False, bits: int | None = None) -> Way:
-    """Returns leaves of n parts that have a vector each."""
-    return Way(Shape(leaf, None, n, points=True), middle, bits)
-
-
 WAYS: Mapping[str, Way] = {
     "leaf 8": Way(Shape(8, None)), "leaf 16": Way(Shape(16, None)), "leaf 32": Way(Shape(32, None)),
     "leaf 64": Way(Shape(64, None)), "2 pairs": Way(Shape(16, None, 2)), "4 pairs": Way(Shape(16, None, 4)),
     "leaf 8, 8 bits": Way(Shape(8, None), bits=8), "leaf 8, 4 bits": Way(Shape(8, None), bits=4),
-    "1 point": _parts(16), "2 points": _parts(16, 2), "4 points": _parts(16, 4),
-    "leaf 8, 1 point": _parts(8), "leaf 8, 1 point, 8 bits": _parts(8, bits=8),
-    "leaf 8, 1 point, 4 bits": _parts(8, bits=4), "leaf 4, 1 point, 4 bits": _parts(4, bits=4),
-    "leaf 32, 4 points": _parts(32, 4), "1 middle": _parts(16, middle=True),
-    "leaf 8, 1 middle": _parts(8, middle=True), "leaf 8, 1 middle, 8 bits": _parts(8, middle=True, bits=8),
-    "leaf 8, 1 middle, 4 bits": _parts(8, middle=True, bits=4),
-    "leaf 4, 1 middle, 4 bits": _parts(4, middle=True, bits=4),
-    "leaf 32, 1 middle": _parts(32, middle=True),
+    "1 point": Way(Shape(16, None, 1, True)), "2 points": Way(Shape(16, None, 2, True)),
+    "4 points": Way(Shape(16, None, 4, True)), "leaf 8, 1 point": Way(Shape(8, None, 1, True)),
+    "leaf 8, 1 point, 8 bits": Way(Shape(8, None, 1, True), bits=8),
+    "leaf 8, 1 point, 4 bits": Way(Shape(8, None, 1, True), bits=4),
+    "leaf 4, 1 point, 4 bits": Way(Shape(4, None, 1, True), bits=4),
+    "leaf 32, 4 points": Way(Shape(32, None, 4, True)),
+    "1 middle": Way(Shape(16, None, 1, True), middle=True),
+    "leaf 8, 1 middle": Way(Shape(8, None, 1, True), middle=True),
+    "leaf 8, 1 middle, 8 bits": Way(Shape(8, None, 1, True), middle=True, bits=8),
+    "leaf 8, 1 middle, 4 bits": Way(Shape(8, None, 1, True), middle=True, bits=4),
+    "leaf 4, 1 middle, 4 bits": Way(Shape(4, None, 1, True), middle=True, bits=4),
+    "leaf 32, 1 middle": Way(Shape(32, None, 1, True), middle=True),
 }  # fmt: skip
 
 
