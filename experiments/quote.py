@@ -73,7 +73,7 @@ def _source(stored: dict, path: str) -> str:
 
 def _compare() -> str:
     """Returns the table at a quarter of the tokens, storage at its own size, and the plot."""
-    stored, path = results.newest("compare")
+    stored, path = results.newest("compare", whole=True)
     rows = {(r["name"], r["ratio"], r["question"]): r for r in stored["rows"]}
     lines = [
         "| method | budget | perplexity | KL to full | pass keys, unseen / seen | held | read |",
@@ -93,7 +93,7 @@ def _compare() -> str:
 
 def _peers() -> str:
     """Returns the ratios to transformers on torch."""
-    stored, path = results.newest("peers")
+    stored, path = results.newest("peers", whole=True)
     c = stored["claims"]
     return (
         f"Prefill of 2,048 tokens is {c['prefill_speedup']:.2f} times and decode {c['decode_speedup']:.2f} "
@@ -104,7 +104,7 @@ def _peers() -> str:
 
 def _kernels() -> str:
     """Returns the worst case of each figure of the kernels beside what was wanted, and the decode step."""
-    stored, path = results.newest("kernels", "")
+    stored, path = results.newest("kernels")
     lines = ["| the worst case of (x: times as fast) | measured | wanted |", "|---|---|---|"]
     for row in _KERNELS.strip().splitlines():
         case, how, wanted, claim = map(str.strip, row.split("|"))
@@ -120,7 +120,7 @@ def _kernels() -> str:
 
 def _every_kernel() -> str:
     """Returns a line for every case that was timed."""
-    stored, path = results.newest("kernels", "")
+    stored, path = results.newest("kernels")
     cases: dict[tuple, list[dict]] = {}
     for r in stored["rows"]:
         cases.setdefault((r["name"], r["spec"]), []).append(r)

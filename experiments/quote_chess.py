@@ -16,7 +16,7 @@ def _chess_quality(options: str) -> str:
 
     options: all of the command's.
     """
-    stored, path = results.newest(f"chess quality {options}", None, "chess_quality")
+    stored, path = results.newest("chess", f" quality {options}", "chess_quality", whole=True)
     lines = [
         "| asked | method | thresholds | measured | by layer and site | KL to dense | top-1 | perplexity "
         "| FFN error |",

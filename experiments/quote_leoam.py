@@ -59,7 +59,7 @@ def _work(options: str) -> str:
 
 
 def _claims(options: str) -> tuple[Mapping[str, float], str, str]:
-    stored, path = results.newest(f"leoam recall {options}", None, "leoam_recall")
+    stored, path = results.newest("leoam", f" recall {options}", "leoam_recall", whole=True)
     return stored["claims"], stored["rows"][0]["model"].split("-")[0], below(stored, path)
 
 

@@ -134,7 +134,7 @@ def load(path: str | Path) -> dict:
 
 def newest(
     experiment: str,
-    options: str | None = None,
+    options: str = "",
     folder: str | None = None,
     part: str | None = None,
     whole: bool = False,
@@ -143,18 +143,18 @@ def newest(
     """Returns the newest stored run of an experiment, and its path in the repository.
 
     Args:
-        options: what its command begins with after the experiment's name; None: the command has none.
+        options: what its command begins with after the experiment's name.
         folder: of the results, where it is not the experiment's name.
         part: what it has rows of, where its rows say which part they are.
-        whole: the command ends with these options.
+        whole: the command has no other options.
         claim: a figure that it has.
     """
-    command = f"python -m experiments.{experiment}{options or ''}"
+    command = f"python -m experiments.{experiment}{options}"
     found = [(load(path), path) for path in (FOLDER / (folder or experiment)).glob("*.json")]
     fits = [
         (run, path)
         for run, path in found
-        if (run["command"] == command if whole or options is None else run["command"].startswith(command))
+        if (run["command"] == command if whole else run["command"].startswith(command))
         and (part is None or any(row["part"] == part for row in run["rows"]))
         and (claim is None or claim in run["claims"])
     ]
