@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -26,12 +25,11 @@ class Way(NamedTuple):
     """What leaves are known by."""
 
     shape: Shape
-    middle: bool = False  # parts have the middle of their box, where points have the mean of their keys
     bits: int | None = None  # of codes with a scale and a least value for each vector; None is bfloat16
 
     def share(self, head_dim: int) -> float:
         """Returns the bytes of all abstracts of leaves as a share of those of K and V in bfloat16."""
-        vectors = self.shape.pairs / self.shape.leaf / (2 if self.shape.points else 1)
+        vectors = self.shape.vectors * self.shape.pairs / self.shape.leaf / 2
         return vectors * (1 if self.bits is None else (self.bits * head_dim + 32) / (16 * head_dim))
 
 
@@ -39,18 +37,18 @@ WAYS: Mapping[str, Way] = {
     "leaf 8": Way(Shape(8, None)), "leaf 16": Way(Shape(16, None)), "leaf 32": Way(Shape(32, None)),
     "leaf 64": Way(Shape(64, None)), "2 pairs": Way(Shape(16, None, 2)), "4 pairs": Way(Shape(16, None, 4)),
     "leaf 8, 8 bits": Way(Shape(8, None), bits=8), "leaf 8, 4 bits": Way(Shape(8, None), bits=4),
-    "1 point": Way(Shape(16, None, 1, True)), "2 points": Way(Shape(16, None, 2, True)),
-    "4 points": Way(Shape(16, None, 4, True)), "leaf 8, 1 point": Way(Shape(8, None, 1, True)),
-    "leaf 8, 1 point, 8 bits": Way(Shape(8, None, 1, True), bits=8),
-    "leaf 8, 1 point, 4 bits": Way(Shape(8, None, 1, True), bits=4),
-    "leaf 4, 1 point, 4 bits": Way(Shape(4, None, 1, True), bits=4),
-    "leaf 32, 4 points": Way(Shape(32, None, 4, True)),
-    "1 middle": Way(Shape(16, None, 1, True), middle=True),
-    "leaf 8, 1 middle": Way(Shape(8, None, 1, True), middle=True),
-    "leaf 8, 1 middle, 8 bits": Way(Shape(8, None, 1, True), middle=True, bits=8),
-    "leaf 8, 1 middle, 4 bits": Way(Shape(8, None, 1, True), middle=True, bits=4),
-    "leaf 4, 1 middle, 4 bits": Way(Shape(4, None, 1, True), middle=True, bits=4),
-    "leaf 32, 1 middle": Way(Shape(32, None, 1, True), middle=True),
+    "1 point": Way(Shape(16, None, 1, "mean")), "2 points": Way(Shape(16, None, 2, "mean")),
+    "4 points": Way(Shape(16, None, 4, "mean")), "leaf 8, 1 point": Way(Shape(8, None, 1, "mean")),
+    "leaf 8, 1 point, 8 bits": Way(Shape(8, None, 1, "mean"), bits=8),
+    "leaf 8, 1 point, 4 bits": Way(Shape(8, None, 1, "mean"), bits=4),
+    "leaf 4, 1 point, 4 bits": Way(Shape(4, None, 1, "mean"), bits=4),
+    "leaf 32, 4 points": Way(Shape(32, None, 4, "mean")),
+    "1 middle": Way(Shape(16, None, 1, "middle")),
+    "leaf 8, 1 middle": Way(Shape(8, None, 1, "middle")),
+    "leaf 8, 1 middle, 8 bits": Way(Shape(8, None, 1, "middle"), bits=8),
+    "leaf 8, 1 middle, 4 bits": Way(Shape(8, None, 1, "middle"), bits=4),
+    "leaf 4, 1 middle, 4 bits": Way(Shape(4, None, 1, "middle"), bits=4),
+    "leaf 32, 1 middle": Way(Shape(32, None, 1, "middle")),
 }  # fmt: skip
 
 
@@ -89,12 +87,7 @@ def _tree(keys: Float[Array, "K T D"], at: Int[Array, " Q"], way: Way) -> Tree:
     n_heads, length, size = keys.shape
     mass = jnp.tile(jnp.arange(length) <= at[:, None], (1, n_heads)).astype(jnp.float32)
     every = jnp.broadcast_to(keys.reshape(1, -1, size), (len(at), n_heads * length, size))
-    tree = chunk_tree.build(
-        every, mass, (length,) * n_heads, replace(way.shape, points=way.shape.points and not way.middle)
-    )
-    if way.middle:
-        none = tree.low > tree.high
-        tree = tree.replace(low=jnp.where(none, jnp.inf, (tree.low + tree.high) / 2), high=None)
+    tree = chunk_tree.build(every, mass, (length,) * n_heads, way.shape)
     if way.bits is None:
         return tree
     return tree.replace(low=_coded(tree.low, way.bits), high=_coded(tree.high, way.bits))

@@ -47,7 +47,7 @@ class Quality:
         context: tokens of a prompt.
         rest: tokens after it that are predicted.
         shares: of the bytes that the full cache's steps read.
-        methods: such as leoam:points=True, which are given a topk, or quest, a budget.
+        methods: such as leoam:known_by=mean, which are given a topk, or quest, a budget.
         learned: text files, or pydoc_data.topics, that LeoAM's chunks are fitted on, a document of each; none
             leaves such rows out.
         calibration: a folder of `kvjax calibrate a2ats`; None leaves A²ATS out.
@@ -65,7 +65,13 @@ class Quality:
     context: int = 4096
     rest: int = 256
     shares: tuple[float, ...] = (0.05, 0.1, 0.2)
-    methods: tuple[str, ...] = ("leoam", "leoam:leaf=32", "leoam:points=True", "quest:dense_layers=0")
+    methods: tuple[str, ...] = (
+        "leoam",
+        "leoam:leaf=32",
+        "leoam:known_by=mean",
+        "leoam:known_by=middle",
+        "quest:dense_layers=0",
+    )
     learned: tuple[str, ...] = ()
     calibration: Path | None = None
     keys: int = 30

@@ -173,7 +173,8 @@ def _method(settings: Speed, case: Case, name: str) -> CacheMethod:
 
 def _leoam(settings: Speed, case: Case, *, leaf: int = 32, **more: Any) -> LeoAM:
     return LeoAM(
-        topk=int(settings.topk * case.tokens), leaf=leaf, root=None, points=leaf < settings.chunk,
+        topk=int(settings.topk * case.tokens), leaf=leaf, root=None,
+        known_by="mean" if leaf < settings.chunk else "box",
         chunk=settings.chunk, disk=str(settings.disk), device_budget=int(settings.device_gb * 1e9),
         host_budget=int(settings.host_gb * 1e9), **more,
     )  # fmt: skip
@@ -231,7 +232,7 @@ def _timed(settings: Speed, case: Case, name: str, model: Model, seen: int) -> d
 def _tau(settings: Speed, case: Case, method: LeoAM, model: Model) -> float:
     n_leaves = -(-case.tokens // method.leaf)
     n = -(-method.topk // method.leaf)
-    return spread(n_leaves, n, model.config.group, method.points, settings.overlap, settings.seed)
+    return spread(n_leaves, n, model.config.group, method.known_by, settings.overlap, settings.seed)
 
 
 def _counted(state: State) -> dict[str, float]:

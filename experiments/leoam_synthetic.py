@@ -36,28 +36,28 @@ _PART = 1024  # slots that are written at once
 
 
 @functools.cache
-def spread(n_leaves: int, n: int, group: int, points: bool, overlap: float, seed: int) -> float:
+def spread(n_leaves: int, n: int, group: int, known_by: str, overlap: float, seed: int) -> float:
     """Returns the τ by which widths (in deviations of q·c), or lengths, vary so that steps choose alike.
 
     Args:
         n_leaves: of a head, of which each step chooses n.
-        points: abstracts are means.
+        known_by: what abstracts are, see `LeoAM`.
         overlap: share of them that the step before chose too.
     """
     low, high = 0.0, _WIDEST
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        found = _overlap(n_leaves, n, group, points, middle, seed)
+        found = _overlap(n_leaves, n, group, known_by, middle, seed)
         low, high = (low, middle) if found > overlap else (middle, high)
     return high
 
 
-def _overlap(n_leaves: int, n: int, group: int, points: bool, tau: float, seed: int) -> float:
+def _overlap(n_leaves: int, n: int, group: int, known_by: str, tau: float, seed: int) -> float:
     rng = np.random.default_rng(seed)
     wide, before, shares = tau * rng.normal(size=n_leaves), None, []
     for _ in range(_STEPS):
         score = rng.normal(size=(group, n_leaves))
-        score = (score * np.exp(wide) if points else score + wide).max(0)
+        score = (score + wide if known_by == "box" else score * np.exp(wide)).max(0)
         chosen = np.zeros(n_leaves, bool)
         chosen[np.argpartition(score, -n)[-n:]] = True
         if before is not None:
@@ -140,11 +140,11 @@ def _tree(key: Array, kv: KV, shape: Shape, seen: int, tau: float) -> Tree:
     wide = jax.random.normal(second, (*centre.shape[:2], 1))
     per = (2 / jnp.pi * kv.layer.head_dim) ** 0.5  # Σ|q_d| of a query of length 1
     half = jnp.maximum(4 + tau * wide, 0) / per
-    if shape.points:
+    if shape.known_by != "box":
         half, centre = jnp.zeros_like(half), centre * jnp.exp(tau * wide)
     keys = jnp.stack([centre - half, centre + half], axis=2).reshape(len(centre), -1, kv.layer.head_dim)
     root = None if shape.root is None else 2 * shape.pairs * shape.children
-    two = Shape(2 * shape.pairs, root, shape.pairs, shape.points)
+    two = Shape(2 * shape.pairs, root, shape.pairs, shape.known_by)
     used = [jnp.arange(2 * size) < 2 * (seen // shape.box) for size in n]
     mass = jnp.broadcast_to(jnp.concatenate(used).astype(jnp.float32), keys.shape[:2])
     build = jax.jit(chunk_tree.build, static_argnums=(2, 3))

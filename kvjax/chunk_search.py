@@ -2,9 +2,9 @@
 
     U(q) = max_g Σ_d max(q_gd·low_d, q_gd·high_d)     a box's bound, over the query heads of its KV head
 
-A leaf's bound is the largest of its parts'; where these have means, it is the largest q·mean instead, an
-estimate. No leaf's is above its root's. So when the next root's bound is below the n-th best leaf's, no leaf
-that was not evaluated is among the best n.
+A leaf's bound is the largest of its parts'; where these have a mean or a middle, it is the largest product
+with that instead, an estimate. No leaf's is above its root's. So when the next root's bound is below the n-th
+best leaf's, no leaf that was not evaluated is among the best n.
 
 Source: LeoAM (arXiv 2506.20187), one evaluation for many tokens that do not matter. Deviations: the paper
 gives no formulas; ours leaves nothing out that an evaluation of all leaves would find. A root whose lower
@@ -166,9 +166,9 @@ def _scores(
     """Returns the bound, or the estimate, of each leaf from its parts [B n N·pairs D]."""
     if high is None:
         none = low[..., 0] == jnp.inf
-        mean = jnp.where(none[..., None], 0.0, low.astype(jnp.float32))
+        point = jnp.where(none[..., None], 0.0, low.astype(jnp.float32))
         exact = jax.lax.Precision.HIGHEST
-        score = jnp.einsum("bngd,bnsd->bngs", q.astype(jnp.float32), mean, precision=exact).max(2)
+        score = jnp.einsum("bngd,bnsd->bngs", q.astype(jnp.float32), point, precision=exact).max(2)
         score = jnp.where(none, -jnp.inf, score)
     else:
         score = _bounds(q, low, high)

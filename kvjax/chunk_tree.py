@@ -1,14 +1,15 @@
 """Keeps abstracts of a layer's keys in a tree of two levels of chunks.
 
-    leaf    neighbouring slots of a head, in `pairs` parts; a part has a box, the smallest and the largest of
-            its keys per channel, or with `points` their mean
+    leaf    neighbouring slots of a head, in `pairs` parts; a part is known by a box, the smallest and the
+            largest of its keys per channel, by their mean, or by the middle of the box
     root    neighbouring leaves; its box is the smallest and the largest of what its leaves' parts have
 
 A box bounds the products of its keys with any query, and a root's box those of its leaves' parts, be they
-boxes or means. A part without keys has inf for a mean, and a box of low = inf > high = -inf.
+boxes, means or middles. A part without keys has inf for these, and a box of low = inf > high = -inf.
+Of middles, the part of each head that was written last has its box kept beside, for keys that follow.
 
 Source: LeoAM (arXiv 2506.20187), a light abstract of each chunk and chunks of several sizes in a tree. The
-paper gives no formulas: boxes are those of Quest (arXiv 2406.10774); parts and means are ours.
+paper gives no formulas: boxes are those of Quest (arXiv 2406.10774); parts, means and middles are ours.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,9 @@ from kvjax import cache
 from kvjax.shapes import Leaf, Rows
 from pallas_kernels import block_bounds
 
-__all__ = ["Shape", "Tree", "build", "empty", "refresh"]
+__all__ = ["KINDS", "Begun", "Shape", "Tree", "build", "empty", "refresh"]
+
+KINDS = ("box", "mean", "middle")
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,16 @@ class Shape:
         leaf: slots of a leaf.
         root: slots of a root, None for no roots: all leaves are evaluated.
         pairs: parts of a leaf, each with a box.
-        points: parts have the mean of their keys instead of a box.
+        known_by: what parts have, a "box" of their keys, their "mean", or the "middle" of the box.
 
     Raises:
-        ValueError: where parts do not divide a leaf, or leaves a root.
+        ValueError: where parts do not divide a leaf, or leaves a root; for another way to know parts.
     """
 
     leaf: int = 16
     root: int | None = 128
     pairs: int = 1
-    points: bool = False
+    known_by: str = "box"
 
     def __post_init__(self) -> None:
         if min(self.leaf, self.pairs) < 1 or self.leaf % self.pairs:
@@ -53,6 +56,13 @@ class Shape:
                 f"a root is one or more whole leaves, got root={self.root}, leaf={self.leaf}: "
                 "take a multiple, or None"
             )
+        if self.known_by not in KINDS:
+            raise ValueError(f"parts are known by one of {', '.join(KINDS)}, got {self.known_by!r}")
+
+    @property
+    def vectors(self) -> int:
+        """Vectors [D] that a part has."""
+        return 2 if self.known_by == "box" else 1
 
     @property
     def box(self) -> int:
@@ -78,21 +88,35 @@ class Shape:
 
 
 @struct.dataclass
+class Begun:
+    """The box of the part of each head that was written last."""
+
+    low: Leaf  # [B K D]
+    high: Leaf  # [B K D]
+    part: Leaf  # [B K] int32, of the head's; -1 = none
+
+
+@struct.dataclass
 class Tree:
     """Parts and roots of a layer's chunks, head after head; N leaves and M roots of a head."""
 
-    low: Leaf  # [B ΣN·pairs D] smallest key of each part, or the mean of its keys
-    high: Leaf  # [B ΣN·pairs D] largest key; None where `low` has means
+    low: Leaf  # [B ΣN·pairs D] smallest key of each part, or the mean of its keys, or the middle of their box
+    high: Leaf  # [B ΣN·pairs D] largest key; None where `low` has means or middles
     root_low: Leaf  # [B ΣM D]
     root_high: Leaf  # [B ΣM D]
+    begun: Begun | None = None  # with middles
 
 
 def empty(batch: int, head_dim: int, dtype: Any, slots: Sequence[int], shape: Shape) -> Tree:
     """Returns the tree of slots without tokens."""
     parts, roots = sum(shape.n_parts(slots)), sum(shape.n_roots(slots))
     full = lambda n, value: jnp.full((batch, n, head_dim), value, dtype)  # noqa: E731
-    high = None if shape.points else full(parts, -jnp.inf)
-    return Tree(full(parts, jnp.inf), high, full(roots, jnp.inf), full(roots, -jnp.inf))
+    high = full(parts, -jnp.inf) if shape.known_by == "box" else None
+    tree = Tree(full(parts, jnp.inf), high, full(roots, jnp.inf), full(roots, -jnp.inf))
+    if shape.known_by != "middle":
+        return tree
+    n, none = len(slots), jnp.full((batch, len(slots)), -1, jnp.int32)
+    return tree.replace(begun=Begun(full(n, jnp.inf), full(n, -jnp.inf), none))
 
 
 def build(keys: Rows, mass: Float[Array, "B R"], slots: tuple[int, ...], shape: Shape) -> Tree:
@@ -101,7 +125,7 @@ def build(keys: Rows, mass: Float[Array, "B R"], slots: tuple[int, ...], shape: 
     Args:
         keys: as queries will meet them (rotated).
 
-    Cost: reads B·R·D elements, writes 2·pairs/leaf + 2/root of them.
+    Cost: reads B·R·D elements, writes pairs/leaf of them, of boxes twice that, and 2/root.
 
     Example:
         >>> keys, shape = jnp.arange(8.0).reshape(1, 8, 1), Shape(leaf=2, root=4)
@@ -109,14 +133,17 @@ def build(keys: Rows, mass: Float[Array, "B R"], slots: tuple[int, ...], shape: 
         >>> tree.high[0, :, 0].tolist(), tree.root_low[0, :, 0].tolist()
         ([1.0, 3.0, 5.0, 7.0], [0.0, 4.0])
     """
-    if shape.points:
+    begun = None
+    if shape.known_by == "mean":
         low, high = _means(keys, mass, slots, shape), None
     else:
         bounds = block_bounds(keys, mass, slots=slots, block=shape.box)
         low, high = (
             _whole(x, value, slots, shape) for x, value in zip(bounds, (jnp.inf, -jnp.inf), strict=True)
         )
-    tree = Tree(low, high, low[:, :0], low[:, :0])
+    if shape.known_by == "middle":
+        begun, low, high = _last_of(low, high, slots, shape), _middles(low, high), None
+    tree = Tree(low, high, low[:, :0], low[:, :0], begun)
     if shape.root is None:
         return tree
     heads = []
@@ -138,6 +165,22 @@ def _whole(x: Array, value: float, slots: tuple[int, ...], shape: Shape) -> Arra
         room = ((0, 0), (0, 0), (0, parts[run.head] - run.size), (0, 0))
         heads.append(jnp.pad(cache.view(x, run), room, constant_values=value))
     return jnp.concatenate([h.reshape(len(x), -1, x.shape[-1]) for h in heads], axis=1)
+
+
+def _middles(low: Array, high: Array) -> Array:
+    """Returns the middle of boxes, inf for those without keys."""
+    return jnp.where(low <= high, (low + high) / 2, jnp.inf)
+
+
+def _last_of(low: Array, high: Array, slots: tuple[int, ...], shape: Shape) -> Begun:
+    """Returns the last part of each head that has keys."""
+    heads = []
+    for run in cache.runs(shape.n_parts(slots)):
+        own = [cache.view(x, run) for x in (low, high)]
+        part = jnp.where(own[0][..., 0] <= own[1][..., 0], jnp.arange(run.size), -1).max(-1)
+        at = jnp.maximum(part, 0)[..., None, None]
+        heads.append([*(jnp.take_along_axis(x, at, axis=2)[:, :, 0] for x in own), part])
+    return Begun(*(jnp.concatenate(x, axis=1) for x in zip(*heads, strict=True)))
 
 
 def _means(keys: Rows, mass: Float[Array, "B R"], slots: tuple[int, ...], shape: Shape) -> Array:
@@ -172,12 +215,13 @@ def refresh(
     slot = jnp.where(here, idx - jnp.asarray(cache.starts(slots))[:, None], 0)  # [B K T]
     starts = jnp.asarray(cache.starts(shape.n_parts(slots)))[:, None]
     part = jnp.where(here, slot // shape.box + starts, tree.low.shape[1])
-    b = jnp.arange(len(idx))[:, None, None]
-    if shape.points:
+    if shape.known_by == "middle":
+        tree = _moved_middles(tree, keys, (here, slot), slots, shape)
+    elif shape.known_by == "mean":
         tree = tree.replace(low=_moved_means(tree.low, keys, (idx, slot, part), mass, (slots, shape)))
     else:
-        low = tree.low.at[b, part].min(keys.astype(tree.low.dtype), mode="drop")
-        high = tree.high.at[b, part].max(keys.astype(tree.high.dtype), mode="drop")
+        b, keys = jnp.arange(len(idx))[:, None, None], keys.astype(tree.low.dtype)
+        low, high = tree.low.at[b, part].min(keys, mode="drop"), tree.high.at[b, part].max(keys, mode="drop")
         tree = tree.replace(low=low, high=high)
     return tree if shape.root is None else _with_roots(tree, here, slot, slots, shape)
 
@@ -203,6 +247,37 @@ def _moved_means(
     if idx.shape[2] == 1:
         return wide.at[b, part].set((old + step).astype(means.dtype), mode="drop")
     return wide.at[b, part].set(old, mode="drop").at[b, part].add(step, mode="drop").astype(means.dtype)
+
+
+def _moved_middles(
+    tree: Tree, keys: Array, at: tuple[Array, Array], slots: tuple[int, ...], shape: Shape
+) -> Tree:
+    """Takes keys into the boxes of the parts that they lie in, and moves their middles.
+
+    at: whether there is such a key, and its slot of the head.
+    """
+    (here, slot), begun = at, tree.begun
+    n = (slot.shape[2] + shape.box - 2) // shape.box + 1  # neighbouring slots touch no more
+    part = slot // shape.box
+    first = jnp.where(here, part, max(slots)).min(2)  # [B K]
+    b, h = jnp.arange(len(slot))[:, None, None], jnp.arange(len(slots))[:, None]
+    at = jnp.where(here, part - first[..., None], n)
+    none = jnp.full((*first.shape, n, keys.shape[3]), jnp.inf, tree.low.dtype)
+    low = none.at[b, h, at].min(keys.astype(none.dtype), mode="drop")
+    high = (-none).at[b, h, at].max(keys.astype(none.dtype), mode="drop")
+    same = (begun.part == first)[..., None]
+    low = low.at[:, :, 0].min(jnp.where(same, begun.low, jnp.inf))
+    high = high.at[:, :, 0].max(jnp.where(same, begun.high, -jnp.inf))
+    place = first[..., None] + jnp.arange(n) + jnp.asarray(cache.starts(shape.n_parts(slots)))[:, None]
+    place = jnp.where(low[..., 0] <= high[..., 0], place, tree.low.shape[1])
+    last = jnp.where(here, at, -1).max(2)
+    written, take = last >= 0, jnp.maximum(last, 0)[..., None, None]
+    ends = [
+        jnp.where(written[..., None], jnp.take_along_axis(x, take, axis=2)[:, :, 0], old)
+        for x, old in ((low, begun.low), (high, begun.high))
+    ]
+    begun = Begun(*ends, jnp.where(written, first + last, begun.part))
+    return tree.replace(low=tree.low.at[b, place].set(_middles(low, high), mode="drop"), begun=begun)
 
 
 def _with_roots(

@@ -2,8 +2,8 @@
 
 A part changes while its slots are written. As with rows (see `tiers`), a program never writes to the host:
 the parts from the first that is not full are staged on the device, and `settled` moves them between programs.
-To choose, a step has the parts of one layer copied to the device, 2·pairs/leaf of the bytes of its keys, or
-half of that, and lets them go.
+To choose, a step has the parts of one layer copied to the device, 2·pairs/leaf of the bytes of its keys where
+they are boxes, else half of that, and lets them go.
 
 Source: LeoAM (arXiv 2506.20187), abstracts apart from K and V on every tier. Staging is ours.
 """
@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from kvjax import cache, chunk_tree
-from kvjax.chunk_tree import Shape, Tree
+from kvjax.chunk_tree import Begun, Shape, Tree
 from kvjax.shapes import Leaf
 from pallas_kernels import stow_rows
 
@@ -30,7 +30,7 @@ class FarTree:
     """A tree without roots, whose full parts lie on the host."""
 
     far: Tree  # [B ΣN·pairs D] in host memory, N leaves of a head
-    new: Tree  # [B K·W D] the parts of each head from `first` on
+    new: Tree  # [B K·W D] the parts of each head from `first` on, which `begun` counts from, too
     first: Leaf  # [B K] int32
 
 
@@ -51,6 +51,7 @@ def put(tree: Tree, end: Int[Array, "B K"], slots: tuple[int, ...], shape: Shape
     row = part + jnp.asarray(cache.starts(shape.n_parts(slots)))[:, None]
     at = jnp.where(part < jnp.asarray(shape.n_parts(slots))[:, None], row, -1).reshape(len(end), -1)
     new = _each(lambda x, none: cache.take(x, at, none), tree, (jnp.inf, -jnp.inf))
+    new = new.replace(begun=_counted_from(tree.begun, first))
     return FarTree(_each(lambda x: jax.device_put(x, jax.memory.Space.Host), tree), new, first)
 
 
@@ -67,7 +68,7 @@ def refresh(
     slot = begin + jnp.arange(size)
     row = jnp.where(slot < jnp.asarray(slots)[:, None], starts + slot, -1).reshape(len(idx), -1)
     idx = jnp.where(idx < mass.shape[1], idx - starts - begin + head * size, n_heads * size)
-    each = Shape(shape.box, None, 1, shape.points)  # a part for itself
+    each = Shape(shape.box, None, 1, shape.known_by)  # a part for itself
     new = chunk_tree.refresh(tree.new, keys, idx, cache.take(mass, row), (size,) * n_heads, each)
     return tree.replace(new=new)
 
@@ -102,7 +103,8 @@ def _settled(
         others = ((0, 0), (0, 0), (0, _width(room, shape) - 1), (0, 0))
         return jnp.pad(begun, others, constant_values=none).reshape(len(x), -1, x.shape[3])
 
-    return far, _each(kept, new, (jnp.inf, -jnp.inf)), opened
+    begun = _counted_from(new.begun, opened - first)
+    return far, _each(kept, new, (jnp.inf, -jnp.inf)).replace(begun=begun), opened
 
 
 def near(tree: FarTree, q: Array, slots: tuple[int, ...], shape: Shape) -> tuple[Tree, Array]:
@@ -115,6 +117,13 @@ def near(tree: FarTree, q: Array, slots: tuple[int, ...], shape: Shape) -> tuple
     b = jnp.arange(len(q))[:, None]
     here = lambda x: jax.device_put(x, jax.memory.Space.Device)  # noqa: E731
     return _each(lambda x, y: here(x).at[b, at].set(y, mode="drop"), far, tree.new), q
+
+
+def _counted_from(begun: Begun | None, first: Array) -> Begun | None:
+    """Counts parts from others; one before them is none that can be written on."""
+    if begun is None:
+        return None
+    return begun.replace(part=jnp.where(begun.part >= first, begun.part - first, -1))
 
 
 def _width(room: int, shape: Shape) -> int:

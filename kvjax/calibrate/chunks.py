@@ -1,6 +1,6 @@
 """Fits LeoAM's chunks to each layer, by what late queries of documents choose.
 
-    leaf, points    those that catch the most attention, where abstracts and chunks together are as many bytes
+    leaf, known_by  those that catch the most attention, where abstracts and chunks together are as many bytes
     root            that with which the fewest chunks are evaluated; None where no tree saves evaluations
 
 Source: LeoAM (arXiv 2506.20187): layers with larger deserts get larger chunks. The measures are ours.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import attend, cache, replay
+from kvjax import attend, cache, chunk_tree, replay
 from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
 from kvjax.methods import layers
@@ -29,7 +29,6 @@ from kvjax.shapes import Positions, Queries
 __all__ = ["fit"]
 
 _LEAVES, _ROOTS = (8, 16, 32), (32, 64, 128, 256, 512, 1024)
-_POINTS = (False, True)
 
 
 def fit(
@@ -40,9 +39,9 @@ def fit(
     n_queries: int = 8,
     leaves: Sequence[int] = _LEAVES,
     roots: Sequence[int] = _ROOTS,
-    points: Sequence[bool] = _POINTS,
+    known_by: Sequence[str] = chunk_tree.KINDS,
 ) -> LeoAM:
-    """Returns the method with leaf, root and points for each layer.
+    """Returns the method with leaf, root and known_by for each layer.
 
     Layers that are read in full, or through a window, keep theirs. Of equal leaves the larger is taken.
 
@@ -51,7 +50,7 @@ def fit(
         n_queries: of each document, spread over its last quarter.
         leaves: to choose from, those that the method's `pairs` divide.
         roots: to choose from, those that are whole leaves.
-        points: to choose from.
+        known_by: to choose from.
 
     Raises:
         ValueError: for a method that reads everything, for documents of fewer tokens than four times the
@@ -88,14 +87,14 @@ def fit(
             rows.append(_given(method, j))
             continue
         here = [_asked(records[j], layer, documents.shape[1], n_queries) for records in read]
-        rows.append(_fitted(own, here, list(itertools.product(leaves, points)), roots))
-    leaf, root, is_points = zip(*rows, strict=True)
-    return replace(method, leaf=leaf, root=root, points=is_points)
+        rows.append(_fitted(own, here, list(itertools.product(leaves, known_by)), roots))
+    leaf, root, kinds = zip(*rows, strict=True)
+    return replace(method, leaf=leaf, root=root, known_by=kinds)
 
 
-def _given(method: LeoAM, j: int) -> tuple[int, int | None, bool]:
-    """Returns a method's leaf, root and points of layer j."""
-    return tuple(x[j] if isinstance(x, tuple) else x for x in (method.leaf, method.root, method.points))
+def _given(method: LeoAM, j: int) -> tuple[int, int | None, str]:
+    """Returns a method's leaf, root and known_by of layer j."""
+    return tuple(x[j] if isinstance(x, tuple) else x for x in (method.leaf, method.root, method.known_by))
 
 
 def _asked(record: Record, layer: Layer, length: int, n: int) -> tuple[KV, Array, Array]:
@@ -123,30 +122,30 @@ def _asked(record: Record, layer: Layer, length: int, n: int) -> tuple[KV, Array
 def _fitted(
     own: LeoAM,
     here: Sequence[tuple[KV, Array, Array]],
-    chunks: Sequence[tuple[int, bool]],
+    chunks: Sequence[tuple[int, str]],
     roots: Sequence[int],
-) -> tuple[int, int | None, bool]:
-    """Returns the best leaf, root and points of a layer.
+) -> tuple[int, int | None, str]:
+    """Returns the best leaf, root and known_by of a layer.
 
-    chunks: leaf and points, to choose from.
+    chunks: leaf and known_by, to choose from.
     """
     slots = max(here[0][0].slots)
     own = replace(own, tier="device", device_budget=None, host_budget=None, disk=None, root=None)
     wanted = (own.topk if isinstance(own.topk, int) else own.topk * slots) + _abstracts(own) * slots
     tried = []
-    for leaf, points in chunks:
-        one = replace(own, leaf=leaf, points=points)
+    for leaf, known_by in chunks:
+        one = replace(own, leaf=leaf, known_by=known_by)
         tokens = round(wanted - _abstracts(one) * slots)
         tried.append(_mean(replace(one, topk=min(max(tokens, leaf), slots)), here)[0])
-    leaf, points = chunks[int(np.argmax(tried))]
+    leaf, known_by = chunks[int(np.argmax(tried))]
     sizes = [None, *(root for root in roots if root % leaf == 0 and root > leaf)]
-    made = [_mean(replace(own, leaf=leaf, points=points, root=root), here)[1] for root in sizes]
-    return leaf, sizes[int(np.argmin(made))], points
+    made = [_mean(replace(own, leaf=leaf, known_by=known_by, root=root), here)[1] for root in sizes]
+    return leaf, sizes[int(np.argmin(made))], known_by
 
 
 def _abstracts(method: LeoAM) -> float:
     """Returns the bytes of abstracts of leaves, as a share of those of K and V."""
-    return method.pairs / method.leaf / (2 if method.points else 1)
+    return method.shape.vectors * method.pairs / method.leaf / 2
 
 
 def _mean(method: LeoAM, here: Sequence[tuple[KV, Array, Array]]) -> np.ndarray:

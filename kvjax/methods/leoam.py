@@ -10,15 +10,15 @@ evaluation may tell that none of a root's tokens matter. A step looks into roots
     attend    exactly, over these
 
 State: two vectors [D] per leaf and per root, 1/leaf + 1/root of the bytes of K and V; with `pairs`, so many
-per leaf; with `points`, half of a leaf's. Holds the whole cache: on the device it saves reads, not memory; on
-host and disk, both. Prompts are read in full. After a method that evicts without moving slots, abstracts keep
-what is gone, and the window is that of the last slots.
+per leaf; by means or middles, half of a leaf's. Holds the whole cache: on the device it saves reads, not
+memory; on host and disk, both. Prompts are read in full. After a method that evicts without moving slots,
+abstracts keep what is gone, and the window is that of the last slots.
 
 Source: arXiv 2506.20187: chunks in a tree by each layer's skew, a light abstract of each, K and V on device,
-host and disk. The paper gives no formulas; bounds, parts of a leaf (`pairs`), means instead of boxes
-(`points`), window and sinks are our reconstruction. Deviations: what is read is what an evaluation of all
-leaves would choose, the tree only saves evaluations; no root is taken whole; sizes are a layer's, found
-beforehand (`kvjax.calibrate.chunks`), and do not change while decoding.
+host and disk. The paper gives no formulas; bounds, parts of a leaf (`pairs`), means or middles instead of
+boxes (`known_by`), window and sinks are our reconstruction. Deviations: what is read is what an evaluation
+of all leaves would choose, the tree only saves evaluations; no root is taken whole; sizes are a layer's,
+found beforehand (`kvjax.calibrate.chunks`), and do not change while decoding.
 """
 
 import functools
@@ -46,7 +46,7 @@ from kvjax.shapes import Positions, Queries, Slots, Tokens
 __all__ = ["LeoAM"]
 
 PerLayer = Any  # a setting, or anything array-like of one per layer, which becomes a tuple
-_PER_LAYER = {"leaf": int, "root": int, "points": bool}
+_PER_LAYER = {"leaf": int, "root": int, "known_by": str}
 _TIERS = ("device", "host", "disk")
 
 
@@ -62,7 +62,8 @@ class LeoAM(CacheMethod):
         root: tokens of a root, a multiple of leaf, or one number per layer; None evaluates all leaves,
             which is as much work on real models, and no loop.
         pairs: parts of a leaf, each with an abstract.
-        points: an abstract is the mean of its keys instead of their box; or which, for each layer.
+        known_by: what an abstract is, the "box" of its keys, their "mean", or the "middle" of the box; or one
+            for each layer.
         window: newest tokens that are always read.
         n_sinks: first tokens that are always read.
         dense_layers: first layers that are read in full.
@@ -83,7 +84,7 @@ class LeoAM(CacheMethod):
     leaf: PerLayer = 16
     root: PerLayer = None
     pairs: int = 1
-    points: PerLayer = False
+    known_by: PerLayer = "box"
     window: int = 64
     n_sinks: int = 16
     dense_layers: int = 0
@@ -114,20 +115,20 @@ class LeoAM(CacheMethod):
                 "window is at least 1, n_sinks and dense_layers at least 0, got "
                 f"{self.window=}, {self.n_sinks=}, {self.dense_layers=}"
             )
-        for leaf, root, points in self._table():
-            Shape(leaf, root, self.pairs, points)
+        for leaf, root, known_by in self._table():
+            Shape(leaf, root, self.pairs, known_by)
             if root is not None and self.abstracts == "host":
                 raise ValueError(f"roots need abstracts on the device, got {self.abstracts=} for {root=}")
             if self.disk is not None and self.chunk % leaf:
                 raise ValueError(f"a chunk holds whole leaves, got {self.chunk=} for {leaf=}")
         self._check_tiers()
 
-    def _table(self) -> list[tuple[int, int | None, bool]]:
-        """Returns leaf, root and points of each layer, one row where layers are alike."""
+    def _table(self) -> list[tuple[int, int | None, str]]:
+        """Returns leaf, root and known_by of each layer, one row where layers are alike."""
         given = {name: getattr(self, name) for name in _PER_LAYER}
         lengths = {len(x) for x in given.values() if isinstance(x, tuple)}
         if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"leaf, root and points have one entry per layer, got {given}")
+            raise ValueError(f"leaf, root and known_by have one entry per layer, got {given}")
         n = max(lengths, default=1)
         return list(zip(*(x if isinstance(x, tuple) else (x,) * n for x in given.values()), strict=True))
 
@@ -159,7 +160,7 @@ class LeoAM(CacheMethod):
     @property
     def shape(self) -> Shape:
         """How the slots of a layer lie in its tree."""
-        return Shape(self.leaf, self.root, self.pairs, self.points)
+        return Shape(self.leaf, self.root, self.pairs, self.known_by)
 
     def for_layer(self, index: int, n_layers: int) -> "LeoAM":
         """Returns the method of one layer: its chunks, and its part of the device's bytes.
@@ -173,10 +174,10 @@ class LeoAM(CacheMethod):
         alike = not any(isinstance(getattr(self, name), tuple) for name in _PER_LAYER)
         if not alike and len(table) != n_layers:
             raise ValueError(f"a table has one entry per layer, got {len(table)} for {n_layers=}")
-        leaf, root, points = table[0 if alike else index]
+        leaf, root, known_by = table[0 if alike else index]
         budgets = {name: getattr(self, name) for name in ("device_budget", "host_budget")}
         budgets = {name: x and max(1, x // n_layers) for name, x in budgets.items()}
-        return replace(self, leaf=leaf, root=root, points=points, dense_layers=0, **budgets)
+        return replace(self, leaf=leaf, root=root, known_by=known_by, dense_layers=0, **budgets)
 
     def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
         """Returns an empty state.

@@ -103,7 +103,7 @@ def test_codes_are_half_a_step_off_at_most(bits):
 
 def test_middles_are_those_of_boxes():
     keys = jnp.asarray([[[0.0], [1.0], [5.0], [9.0]]])
-    tree = _tree(keys, jnp.asarray([3]), Way(Shape(2, None, points=True), middle=True))
+    tree = _tree(keys, jnp.asarray([3]), Way(Shape(2, None, 1, "middle")))
     assert tree.low[0, :, 0].tolist() == [0.5, 7.0]
     assert tree.high is None
 

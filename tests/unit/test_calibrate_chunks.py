@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import kvjax
-from kvjax import replay
+from kvjax import chunk_tree, replay
 from kvjax.calibrate import chunks
 from kvjax.methods import layers
 from kvjax.methods.leoam import LeoAM
@@ -35,8 +35,8 @@ def test_layers_that_choose_get_sizes_and_others_keep_theirs(fitted):
     assert fitted.leaf[:2] == (8, 8)
     assert fitted.root[:2] == (16, 16)
     assert set(fitted.leaf[2:]) <= {4, 8, 16}
-    assert dataclasses.replace(fitted, leaf=8, root=16, points=False) == METHOD
-    assert fitted.points[:2] == (False, False)
+    assert dataclasses.replace(fitted, leaf=8, root=16, known_by="box") == METHOD
+    assert fitted.known_by[:2] == ("box", "box")
     logits, state = kvjax.prefill(MODEL, DOCUMENTS, fitted, room=1)
     assert np.isfinite(kvjax.decode_step(MODEL, logits.argmax(-1), state, fitted)[0]).all()
 
@@ -44,7 +44,7 @@ def test_layers_that_choose_get_sizes_and_others_keep_theirs(fitted):
 def test_a_root_has_the_fewest_evaluations_and_a_leaf_the_most_attention(fitted):
     for j in (2, 3):
         own = METHOD.for_layer(j, 4)
-        chosen = dataclasses.replace(own, leaf=fitted.leaf[j], points=fitted.points[j])
+        chosen = dataclasses.replace(own, leaf=fitted.leaf[j], known_by=fitted.known_by[j])
         made = {
             root: figures(dataclasses.replace(chosen, root=root), j)[1]
             for root in (None, 8, 16, 32)
@@ -52,12 +52,14 @@ def test_a_root_has_the_fewest_evaluations_and_a_leaf_the_most_attention(fitted)
         }
         assert made[fitted.root[j]] == min(made.values())
         caught = {}
-        for leaf, points in itertools.product((4, 8, 16), (False, True)):
-            abstracts = 1 / leaf / (1 + points)  # as many bytes: what they take more, tokens take less
+        for leaf, known_by in itertools.product((4, 8, 16), chunk_tree.KINDS):
+            abstracts = (
+                1 / leaf / (1 + (known_by != "box"))
+            )  # as many bytes: what they take more, tokens take less
             topk = round(128 * (0.2 + 1 / 8 - abstracts))
-            one = dataclasses.replace(own, leaf=leaf, points=points, root=None, topk=topk)
-            caught[leaf, points] = figures(one, j)[0]
-        assert caught[chosen.leaf, chosen.points] == max(caught.values())
+            one = dataclasses.replace(own, leaf=leaf, known_by=known_by, root=None, topk=topk)
+            caught[leaf, known_by] = figures(one, j)[0]
+        assert caught[chosen.leaf, chosen.known_by] == max(caught.values())
 
 
 def test_what_is_caught_is_all_where_all_is_read():

@@ -14,8 +14,9 @@ from kvjax.chunk_search import best, scores
 from kvjax.chunk_tree import Shape, build, empty, refresh
 
 SHAPES = [
-    Shape(4, 8), Shape(4, 4), Shape(8, 16, pairs=2), Shape(4, None), Shape(4, 16, pairs=2, points=True),
-    Shape(8, 24, points=True), Shape(2, 2, pairs=2, points=True), Shape(1, 3),
+    Shape(4, 8), Shape(4, 4), Shape(8, 16, pairs=2), Shape(4, None), Shape(4, 16, 2, "mean"),
+    Shape(8, 24, 1, "mean"), Shape(2, 2, 2, "mean"), Shape(1, 3), Shape(4, None, 1, "middle"),
+    Shape(8, 16, 2, "middle"),
 ]  # fmt: skip
 SLOTS = [(40, 40), (37, 37), (16, 41), (5, 24)]
 D = 6
@@ -49,8 +50,10 @@ def leaf_scores(keys, mass, q, slots, shape: Shape) -> list[np.ndarray]:
                 if len(part) == 0:
                     continue
                 query = np.asarray(q[b, head], np.float64)
-                if shape.points:
-                    score = (query @ part.mean(0)).max()
+                if shape.known_by != "box":
+                    edges = part.min(0), part.max(0)
+                    point = part.mean(0) if shape.known_by == "mean" else np.add(*edges) / 2
+                    score = (query @ point).max()
                 else:
                     score = np.maximum(query * part.min(0), query * part.max(0)).sum(-1).max()
                 out[b, start // shape.leaf] = max(out[b, start // shape.leaf], score)
@@ -71,7 +74,7 @@ def test_scores_are_their_definition(shape, slots, seed):
 @settings(max_examples=5)
 @given(every_shape, every_slots, st.integers(0, 9))
 def test_bounds_bound(shape, slots, seed):
-    """No key of a leaf scores above it, but where it has means; and no leaf above its root."""
+    """No key of a leaf scores above it, but where it has points; and no leaf above its root."""
     keys, mass = filled(seed, slots)
     q = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 2, 3, D)), jnp.float32)
     tree = build(keys, mass, slots, shape)
@@ -85,7 +88,7 @@ def test_bounds_bound(shape, slots, seed):
         query = np.asarray(q[:, head])
         for slot in range(slots[head]):
             product = (query * key[:, None, slot]).sum(-1).max(-1)
-            if not shape.points:
+            if shape.known_by == "box":
                 assert (product <= score[:, slot // shape.leaf] + 1e-5)[alive[:, slot] > 0].all()
         if shape.root is not None:
             with np.errstate(invalid="ignore"):
@@ -121,7 +124,7 @@ def test_descent_finds_what_an_evaluation_of_all_leaves_finds(shape, slots, n, s
             score[list(always)] = np.inf
             order = [i for i in np.argsort(-score, kind="stable") if score[i] > -np.inf]
             got = np.asarray(ours[b, head])
-            if not shape.points:  # means are rounded, which may part equal ones
+            if shape.known_by != "mean":  # these are rounded, which may part equal ones
                 assert got[got >= 0].tolist() == sorted(order[: len(always) + limit])
             assert (got[(got >= 0).sum() :] == -1).all()
 
@@ -131,7 +134,7 @@ def test_descent_finds_what_an_evaluation_of_all_leaves_finds(shape, slots, n, s
     every_shape, every_slots, st.lists(st.sampled_from([1, 2, 7]), min_size=1, max_size=6), st.integers(0, 9)
 )
 def test_a_tree_that_grew_is_the_one_that_is_built(shape, slots, chunks, seed):
-    """Rows of two lengths, in chunks of any length: boxes are the same, means up to rounding."""
+    """Rows of two lengths, in chunks of any length: boxes and middles are the same, means up to rounding."""
     rng, fill = np.random.default_rng(seed), np.zeros((2, 2), int)
     keys = jnp.asarray(rng.normal(size=(2, sum(slots), D)), jnp.float32)
     tree, starts, n_rows = empty(2, D, jnp.float32, slots, shape), cache.starts(slots), sum(slots)
@@ -148,7 +151,9 @@ def test_a_tree_that_grew_is_the_one_that_is_built(shape, slots, chunks, seed):
         tree = refresh(tree, new, jnp.asarray(idx), jnp.asarray(mass), slots, shape)
         fill += take
     wanted = build(keys, jnp.asarray(mass), slots, shape)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * shape.points), tree, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * (shape.known_by == "mean")), tree, wanted
+    )
     assert jax.tree.structure(tree) == jax.tree.structure(wanted)
 
 
@@ -179,6 +184,7 @@ def test_roots_save_evaluations_where_few_chunks_matter():
         ({"pairs": 0}, "a leaf is `pairs` equal parts"),
         ({"root": 40}, "a root is one or more whole leaves, got root=40, leaf=16: take a multiple, or None"),
         ({"root": 8}, "a root is one or more whole leaves"),
+        ({"known_by": "median"}, "parts are known by one of box, mean, middle, got 'median'"),
     ],
 )
 def test_shapes_that_do_not_divide_are_refused(change, message):

@@ -59,7 +59,9 @@ def test_the_window_and_the_sinks_are_always_read(topk, n, window, n_sinks, root
         assert len(read) == min(-(-n // 4), len(always) + max(1, int(np.ceil(tokens / 4))))
 
 
-@pytest.mark.parametrize("changes", [{}, {"pairs": 2}, {"points": True}, {"root": None}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"pairs": 2}, {"known_by": "mean"}, {"known_by": "middle"}, {"root": None}]
+)
 def test_the_leaves_of_largest_bound_are_read(changes):
     method, n = leoam(12, window=1, n_sinks=0, **changes), 57
     kv = filled(n, method)
@@ -70,8 +72,9 @@ def test_the_leaves_of_largest_bound_are_read(changes):
         key, score = np.asarray(kv.k)[0, head * 60 : head * 60 + n], []
         for start in range(0, n, 4):
             parts = [key[i : i + own.shape.box] for i in range(start, min(start + 4, n), own.shape.box)]
-            if own.points:
-                bound = max((turned[head] @ x.mean(0)).max() for x in parts)
+            if own.known_by != "box":
+                points = [x.mean(0) if own.known_by == "mean" else (x.min(0) + x.max(0)) / 2 for x in parts]
+                bound = max((turned[head] @ x).max() for x in points)
             else:
                 each = [np.maximum(turned[head] * x.min(0), turned[head] * x.max(0)).sum(-1) for x in parts]
                 bound = np.max(each)
@@ -92,9 +95,10 @@ def test_reading_all_is_dense_attention(topk, tier):
     ("changes", "where"),
     [
         ({}, {}),
-        ({"pairs": 2, "points": True}, {}),
+        ({"pairs": 2, "known_by": "mean"}, {}),
+        ({"root": None, "known_by": "middle"}, {"abstracts": "host"}),
         ({"root": None}, {"abstracts": "host"}),
-        ({"leaf": 8, "topk": 0.3, "root": None, "pairs": 2, "points": True}, {"abstracts": "host"}),
+        ({"leaf": 8, "topk": 0.3, "root": None, "pairs": 2, "known_by": "mean"}, {"abstracts": "host"}),
     ],
 )
 def test_the_host_gives_what_the_device_gives(changes, where):
@@ -106,9 +110,9 @@ def test_the_host_gives_what_the_device_gives(changes, where):
     assert on_host(state[0].aux) == bool(where)
 
 
-@pytest.mark.parametrize("points", [False, True])
-def test_a_tree_that_grew_is_the_one_made_anew(points):
-    method = leoam(points=points)
+@pytest.mark.parametrize("known_by", chunk_tree.KINDS)
+def test_a_tree_that_grew_is_the_one_made_anew(known_by):
+    method = leoam(known_by=known_by)
     for kv in run(MODEL, method)[1]:
         again = method.for_layer(0, 2).moved(kv, None).aux
         for ours, theirs in zip(*(jax_leaves(x) for x in (kv.aux, again)), strict=True):
@@ -138,7 +142,7 @@ def test_for_layer_takes_its_row():
     assert hash(table) == hash(LeoAM(8, leaf=(8, 16), root=(64, 32), tier="host", device_budget=1000))
     assert table.for_layer(1, 2) == LeoAM(8, leaf=16, root=32, tier="host", device_budget=500)
     assert LeoAM(8, root=(None, 32)).for_layer(0, 2).root is None
-    assert LeoAM(8, points=[False, True]).for_layer(1, 2) == LeoAM(8, points=True)
+    assert LeoAM(8, known_by=["box", "mean"]).for_layer(1, 2) == LeoAM(8, known_by="mean")
     first = LeoAM(8, dense_layers=1, leaf=(8, 16))
     assert first.for_layer(0, 2) == LeoAM(None)
     assert first.for_layer(1, 2) == LeoAM(8, leaf=16)
@@ -193,8 +197,8 @@ def test_abstracts_on_the_host_count_as_its_memory(monkeypatch):
         ({"pairs": 3}, "a leaf is `pairs` equal parts, got leaf=4, pairs=3"),
         ({"root": 6}, "a root is one or more whole leaves, got root=6, leaf=4"),
         ({"leaf": (4, 8), "root": (8, 12)}, "a root is one or more whole leaves, got root=12, leaf=8"),
-        ({"leaf": (4, 8), "root": (8,)}, "leaf, root and points have one entry per layer"),
-        ({"leaf": ()}, "leaf, root and points have one entry per layer"),
+        ({"leaf": (4, 8), "root": (8,)}, "leaf, root and known_by have one entry per layer"),
+        ({"leaf": ()}, "leaf, root and known_by have one entry per layer"),
         ({"tier": "moon"}, 'K and V lie on the "device", the "host", or a "disk" with its folder'),
         ({"tier": "disk"}, "K and V lie on the .* with its folder, got self.tier='disk', self.disk=None"),
         ({"tier": "host", "device_budget": 0}, "budgets are bytes, 1 or more, or None"),
