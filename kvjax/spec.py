@@ -76,7 +76,9 @@ def _words(name: str, methods: Mapping[str, type]) -> set[str]:
     if name not in methods:
         return set()
     return {
-        field.name for field in fields(methods[name]) if field.type in (str, "str", str | None, "str | None")
+        field.name
+        for field in fields(methods[name])
+        if isinstance(field.default, str) or field.type in (str | None, "str | None")
     }
 
 

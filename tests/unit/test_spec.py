@@ -20,6 +20,7 @@ def test_a_line_gives_the_method_that_code_gives():
 
 def test_a_setting_that_is_a_word_is_read_as_one():
     assert spec.parse("chelsea:similarity=l2", budget=512) == make("chelsea", budget=512, similarity="l2")
+    assert spec.parse("leoam:known_by=mean") == LeoAM(known_by="mean")  # a word, or one for each layer
     with pytest.raises(ValueError, match="similarity is cosine, dot or l2"):
         spec.parse("chelsea:similarity=manhattan", budget=512)
 
