@@ -63,8 +63,9 @@ def fit(
         >>> from kvjax import text
         >>> model = kvjax.load("smollm2-135m")
         >>> ids = text.documents(model.tokenizer, [text.PROSE], 1, 256, seed=0)
-        >>> method = fit(model, LeoAM(0.2, window=16), ids, n_queries=2, leaves=(8, 16), roots=(32, 64))
-        >>> len(method.leaf), set(method.leaf) <= {8, 16}, set(method.root) <= {32, 64, None}
+        >>> choices = {"leaves": (8, 16), "roots": (32,), "known_by": ("mean",)}
+        >>> method = fit(model, LeoAM(0.2, window=16), ids, n_queries=2, **choices)
+        >>> len(method.leaf), set(method.leaf) <= {8, 16}, set(method.root) <= {32, None}
         (30, True, True)
     """
     if method.topk is None:
