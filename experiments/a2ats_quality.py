@@ -10,8 +10,9 @@ The rest of each document is decoded step by step, since prompts are read in ful
 """
 
 import functools
+import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import kvjax
 from experiments import quality_plot, results
 from experiments.counted import Counted, budget_of, reads
-from experiments.rows import claims, measured, start
+from experiments.rows import claims, measured, side_by_side, start
 from experiments.scoring import Texts
 from kvjax import spec, text
 from kvjax.calibrate import checkpoint, codebooks
@@ -54,6 +55,7 @@ class Quality:
         novel_keys: pass keys in the first text, of those that the full cache finds.
         key_context: tokens of a text that hides a key.
         seed: chooses documents and keys.
+        workers: rows that are measured side by side.
         out: the folder of results.
     """
 
@@ -70,6 +72,7 @@ class Quality:
     novel_keys: int = 25
     key_context: int = 1024
     seed: int = 0
+    workers: int = 1
     out: Path = results.FOLDER
 
 
@@ -86,16 +89,14 @@ def quality(settings: Quality) -> int:
     methods = [A2ATS(ratio, books, window=books.window, far=books.far) for ratio in settings.ratios]
     tried = Tried(settings, model)
     stored = measured(start("a2ats", "quality", settings), _FULL, lambda: tried.figures(lambda where: Full()))
-    rows = [stored.find(_FULL)]
-    for method in methods:
-        row = row_of(method)
-        stored = measured(stored, row, functools.partial(tried.figures, lambda where, m=method: m, rows[0]))
-        rows.append(like := stored.find(row))
-        for name in settings.methods:
-            make = functools.partial(tried.alike, name, like, rows[0])
-            row |= {"name": name, "spec": name}
-            stored = measured(stored, row, functools.partial(tried.figures, make, rows[0]))
-            rows.append(stored.find(row))
+    full, others = stored.find(_FULL), []
+    own = [(row_of(m), functools.partial(tried.figures, lambda where, m=m: m, full)) for m in methods]
+    stored = side_by_side(stored, own, settings.workers)
+    for row, name in ((row, name) for row, _ in own for name in settings.methods):
+        make = functools.partial(tried.alike, name, stored.find(row), full)
+        others.append((row | {"name": name, "spec": name}, functools.partial(tried.figures, make, full)))
+    stored = side_by_side(stored, others, settings.workers)
+    rows = [full, *(stored.find(row) for row, _ in (*own, *others))]
     stored = stored.claim(claims(settings.model, rows, "ratio"))
     label = "bytes read in a decode step, share of the full cache's"
     quality_plot.draw(rows, stored.path.with_suffix(".png"), "read", label)
@@ -129,10 +130,16 @@ class Tried:
 
     settings: Any
     model: kvjax.Model
+    reading: threading.Lock = field(default_factory=threading.Lock)
 
     @functools.cached_property
     def texts(self) -> Texts:
         return Texts(self.model, self.settings, self._documents, by_step=True)
+
+    def part(self, where: str) -> Any:
+        """Returns one of `_TEXTS`, read once, whichever row is first."""
+        with self.reading:
+            return getattr(self.texts, where)
 
     def _documents(self) -> np.ndarray:
         s = self.settings
@@ -158,7 +165,7 @@ class Tried:
         """
         values = {}
         for where in _TEXTS:
-            part = getattr(self.texts, where)
+            part = self.part(where)
             if where != "prose" and not part.keys:
                 continue
             method = make(where)
@@ -173,7 +180,7 @@ class Tried:
 
     def _scored(self, where: str, method: Counted) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns what a method finds or loses in a text, and what its steps read."""
-        part = getattr(self.texts, where)
+        part = self.part(where)
         if where == "prose":
             values, state = part.scores(method, part.compressed(method))
         else:

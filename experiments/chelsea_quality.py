@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 import kvjax
 from experiments import chelsea_plot, quality_plot, results
-from experiments.rows import claims, measured, start
+from experiments.rows import claims, measured, side_by_side, start
 from experiments.scoring import Texts
 from kvjax import budget_losses, budgets, measure, spec, text
 from kvjax.method import CacheMethod
@@ -133,14 +132,11 @@ def quality(settings: Quality) -> int:
     tried = _Tried(settings, kvjax.load(settings.model, settings.dtype))
     full = {"name": "full", "keep": 1.0, "spec": "Full()"}
     stored = measured(stored, full, lambda: tried.figures(Full(), Full()))
-    with ThreadPoolExecutor(settings.workers) as pool:
-        for keep in settings.keeps:
-            rows = list(tried.rows(keep))
-            if any(stored.find(row) is None for row, _ in rows):
-                tried.prepare(keep)
-            waiting = [(row, None if stored.find(row) else pool.submit(figures)) for row, figures in rows]
-            for row, future in waiting:
-                stored = measured(stored, row, future and future.result)
+    for keep, refined in ((k, r) for r in (False, True) for k in settings.keeps):
+        rows = list(tried.rows(keep, refined))
+        if any(stored.find(row) is None for row, _ in rows):
+            tried.prepare(keep, refined)
+        stored = side_by_side(stored, rows, settings.workers)
     stored = stored.claim(claims(settings.model, stored.rows, "keep"))
     picture = stored.path.with_suffix(".png")
     quality_plot.draw(stored.rows, picture, "keep", "slots kept, share of the prompt")
@@ -155,9 +151,14 @@ class _Tried:
     settings: Quality
     model: kvjax.Model
 
-    def rows(self, keep: float) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
-        """Yields what tells each row from all others, and what measures it."""
-        for name, make in self._methods(keep):
+    def rows(
+        self, keep: float, refined: bool
+    ) -> Iterator[tuple[dict[str, Any], Callable[[], dict[str, Any]]]]:
+        """Yields what tells each row from all others, and what measures it.
+
+        refined: those with the refined table, which takes longest to make; else the others.
+        """
+        for name, make in self._refined(keep) if refined else self._methods(keep):
             row = {"name": name, "keep": keep, "spec": repr(Chelsea(1)) if "chelsea" in name else name}
             yield row, functools.partial(self._at_share, make, keep)
 
@@ -166,6 +167,8 @@ class _Tried:
         for name in (*self.settings.methods, "chelsea"):
             yield name, lambda budget, name=name: spec.parse(name, budget=budget)
         yield "chelsea, calibrated", self._with_table("chelsea", keep, 0)
+
+    def _refined(self, keep: float) -> Iterator[tuple[str, Callable[[int], CacheMethod]]]:
         if self.settings.refine:
             for name in (*self.settings.refined, "chelsea"):
                 yield f"{name}, refined", self._with_table(name, keep, self.settings.refine)
@@ -194,10 +197,10 @@ class _Tried:
     def texts(self) -> Texts:
         return Texts(self.model, self.settings, lambda: self.documents[0])
 
-    def prepare(self, keep: float) -> None:
+    def prepare(self, keep: float, refined: bool) -> None:
         """Reads and calibrates what the rows of a share have in common."""
         _ = self.texts.prose, self.texts.filler, self.texts.novel
-        self.shares(keep, self.settings.refine)
+        self.shares(keep, self.settings.refine if refined else 0)
 
     def _at_share(self, make: Callable[[int], CacheMethod], keep: float) -> dict[str, Any]:
         """Returns the figures of a method that keeps a share."""

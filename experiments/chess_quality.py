@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 import kvjax
 from experiments import chess_plot, results
-from experiments.rows import check_apart, measured, start
+from experiments.rows import check_apart, measured, side_by_side, start
 from kvjax import measure, spec, text
 from kvjax.calibrate import activations, chess, refine_thresholds
 from kvjax.models.config import ModelConfig
@@ -54,6 +54,7 @@ class Quality:
         sparsities: shares of the activations that are left out.
         refine: gradient steps; 0 leaves such rows out.
         seed: chooses documents, and their order in refinement.
+        workers: rows that are measured side by side.
         out: the folder of results.
     """
 
@@ -69,6 +70,7 @@ class Quality:
     sparsities: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7)
     refine: int = 0
     seed: int = 0
+    workers: int = 1
     out: Path = results.FOLDER
 
 
@@ -85,14 +87,17 @@ def quality(settings: Quality) -> int:
         for name in settings.methods
     }
     tried = _Tried(settings, kvjax.load(settings.model, settings.dtype), list(methods.values()))
-    stored, rows = start("chess", "quality", settings), []
+    stored, tries = start("chess", "quality", settings), []
     forms = ("closed", *(["refined"] if settings.refine else []))
     stored = measured(stored, {"name": "dense", "sparsity_asked": 0.0, "form": "closed"}, tried.dense_figures)
     for (name, share), method in methods.items():
         for form in forms:
             row = {"name": name, "sparsity_asked": share, "form": form}
-            stored = measured(stored, row, functools.partial(tried.figures, method, form))
-            rows.append(stored.find(row))
+            tries.append((row, functools.partial(tried.figures, method, form)))
+    if any(stored.find(row) is None for row, _ in tries):
+        _ = tried.closed, tried.dense
+    stored = side_by_side(stored, tries, settings.workers)
+    rows = [stored.find(row) for row, _ in tries]
     stored = stored.claim(_claims(settings.model, rows))
     chess_plot.draw(rows, stored.path.with_suffix(".png"))
     print(stored.path)

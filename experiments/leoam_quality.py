@@ -20,7 +20,7 @@ import kvjax
 from experiments import quality_plot, results
 from experiments.a2ats_quality import Tried, row_of
 from experiments.counted import Counted, budget_of, reads
-from experiments.rows import check_apart, claims, measured, start
+from experiments.rows import check_apart, claims, measured, side_by_side, start
 from kvjax import measure, spec, states, text
 from kvjax.calibrate import chunks, codebooks
 from kvjax.method import CacheMethod
@@ -55,6 +55,7 @@ class Quality:
         novel_keys: pass keys in the first text, of those that the full cache finds.
         key_context: tokens of a text that hides a key.
         seed: chooses documents and keys.
+        workers: rows that are measured side by side.
         out: the folder of results.
     """
 
@@ -78,6 +79,7 @@ class Quality:
     novel_keys: int = 25
     key_context: int = 1024
     seed: int = 0
+    workers: int = 1
     out: Path = results.FOLDER
 
 
@@ -95,24 +97,22 @@ def quality(settings: Quality) -> int:
     books = None if settings.calibration is None else codebooks.load(settings.calibration, model)
     tried = Tried(settings, model)
     stored = measured(start("leoam", "quality", settings), _FULL, lambda: tried.figures(lambda where: Full()))
-    rows = [stored.find(_FULL)]
+    full, tries = stored.find(_FULL), []
     for share in settings.shares:
-        makers = {
-            name: functools.partial(_of_share, name, share, rows[0], model) for name in settings.methods
-        }
+        makers = {name: functools.partial(_of_share, name, share, full, model) for name in settings.methods}
         named = [({"name": name, "share": share, "spec": name}, make) for name, make in makers.items()]
         if settings.learned:
             fitted = functools.cache(functools.partial(_fitted, settings, model, share))
             row = {"name": "leoam, fitted", "share": share, "spec": "leoam"}
-            named.append((row, functools.partial(_of_share, fitted, share, rows[0], model)))
+            named.append((row, functools.partial(_of_share, fitted, share, full, model)))
         if books is not None:
             method = A2ATS(share, books, window=books.window, far=books.far)
             row = row_of(method) | {"share": share, "spec": "a2ats"}
             row.pop("ratio")
-            named.append((row, functools.partial(_a2ats, method, rows[0], tried)))
-        for row, make in named:
-            stored = measured(stored, row, functools.partial(tried.figures, make, rows[0]))
-            rows.append(stored.find(row))
+            named.append((row, functools.partial(_a2ats, method, full, tried)))
+        tries += [(row, functools.partial(tried.figures, make, full)) for row, make in named]
+    stored = side_by_side(stored, tries, settings.workers)
+    rows = [full, *(stored.find(row) for row, _ in tries)]
     stored = stored.claim(claims(settings.model, rows, "share"))
     label = "bytes read in a decode step, share of the full cache's"
     quality_plot.draw(rows, stored.path.with_suffix(".png"), "read", label)
@@ -171,7 +171,7 @@ def _a2ats(method: A2ATS, full: Mapping[str, Any], tried: Tried, where: str) -> 
     """
     if where != "prose":
         return _a2ats(method, full, tried, "prose")
-    trial, part = replace(method, topk=max(method.topk / 3, 0.002)), tried.texts.prose
+    trial, part = replace(method, topk=max(method.topk / 3, 0.002)), tried.part("prose")
     read = []
     for one in (replace(method, topk=1), trial):
         counted = Counted(one)

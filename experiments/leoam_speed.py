@@ -3,6 +3,7 @@
     full        every step reads every row: of as many layers as fit the host from pinned memory
     prefetch    the same; threads read each other layer's rows from the disk while the one before computes
     fixed       LeoAM with leaves as large as chunks of the disk, known by boxes, and nothing read ahead
+    fixed-host  as fixed, the abstracts on the host
     leoam       leaves of 32, known by their means, and what the next layer may ask for read ahead
     leoam4      the same, a share of the chunks in 4 bits
     leoam-host  as leoam, the abstracts on the host as well
@@ -180,6 +181,10 @@ def _leoam(settings: Speed, case: Case, *, leaf: int = 32, **more: Any) -> LeoAM
     )  # fmt: skip
 
 
+def _fixed(settings: Speed, case: Case, **more: Any) -> LeoAM:
+    return _leoam(settings, case, leaf=settings.chunk, ahead=False, **more)
+
+
 def _streamed(settings: Speed, case: Case, *, ahead: bool) -> Streamed:
     c = decode_model.config_of(case.shape, case.layers)
     layer_bytes = 4 * case.batch * c.n_kv_heads * c.head_dim * case.tokens
@@ -190,7 +195,8 @@ def _streamed(settings: Speed, case: Case, *, ahead: bool) -> Streamed:
 _NAMES = {
     "full": functools.partial(_streamed, ahead=False),
     "prefetch": functools.partial(_streamed, ahead=True),
-    "fixed": lambda settings, case: _leoam(settings, case, leaf=settings.chunk, ahead=False),
+    "fixed": _fixed,
+    "fixed-host": functools.partial(_fixed, abstracts="host"),
     "leoam": _leoam,
     "leoam4": functools.partial(_leoam, int4=True),
     "leoam-host": functools.partial(_leoam, abstracts="host"),

@@ -32,7 +32,7 @@ def _chelsea_quality(options: str) -> str:
         "| slots kept | method | KL to full | top-1 | perplexity | keys in filler | keys in a novel |",
         "|---|---|---|---|---|---|---|",
     ]
-    lines += [f"| {r['keep']:.0%} | {r['name']} | {_scores(r)} |" for r in stored["rows"]]
+    lines += [f"| {r['keep']:.0%} | {r['name']} | {_scores(r)} |" for r in _by_share(stored["rows"], "keep")]
     return "\n".join(lines) + below(stored, path)
 
 
@@ -216,8 +216,16 @@ def _a2ats_quality(options: str) -> str:
         "| chosen | method | bytes read | KL | top-1 | perplexity | keys in filler | keys in a novel |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    lines += [f"| {r['ratio']:.1%} | {r['name']} | {r['read']:.1%} | {_scores(r)} |" for r in stored["rows"]]
+    lines += [
+        f"| {r['ratio']:.1%} | {r['name']} | {r['read']:.1%} | {_scores(r)} |"
+        for r in _by_share(stored["rows"], "ratio")
+    ]
     return "\n".join(lines) + below(stored, path)
+
+
+def _by_share(rows: list[Mapping], share: str) -> list[Mapping]:
+    """Returns the full cache's row, and then those of each share, the least first."""
+    return sorted(rows, key=lambda r: r[share] % 1)
 
 
 def _scores(r: Mapping) -> str:

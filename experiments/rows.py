@@ -1,13 +1,14 @@
 """Measures the rows of an experiment's command once, prints them, and claims their figures."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from experiments import options, results
 from experiments.results import Results
 
-__all__ = ["check_apart", "claims", "measured", "start"]
+__all__ = ["check_apart", "claims", "measured", "side_by_side", "start"]
 
 _FIGURES = (
     "kl", "top1", "perplexity", "passkey_filler", "passkey_novel", "read", "step_tokens", "union", "lines",
@@ -44,6 +45,24 @@ def measured(stored: Results, row: Mapping[str, Any], figures: Callable[[], dict
     found = stored.find(row)
     named = (f"{k} {found[k]:.4g}" for k in _FIGURES if k in found)
     print(*(str(row[k]) for k in row if k not in _LONG), *named, sep=" | ", flush=True)
+    return stored
+
+
+def side_by_side(
+    stored: Results, rows: Iterable[tuple[Mapping[str, Any], Callable[[], dict[str, Any]]]], workers: int
+) -> Results:
+    """Adds rows that are not stored, some at a time, and prints all in their order.
+
+    Each row compiles programs of its own, in which Python waits; what rows have in common is read beforehand.
+
+    Args:
+        rows: what tells each row from all others, and what measures it.
+        workers: rows that are measured at a time.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = [(row, None if stored.find(row) else pool.submit(figures)) for row, figures in rows]
+        for row, future in waiting:
+            stored = measured(stored, row, future and future.result)
     return stored
 
 

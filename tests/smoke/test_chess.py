@@ -11,6 +11,7 @@ from tests.tiny_models import byte_tokenizer, tiny
 
 QUALITY = [
     "--docs", "2", "--context", "96", "--tokens", "5120", "--length", "256", "--sparsities", "0.5",
+    "--workers", "2",
 ]  # fmt: skip
 METHODS = ("cats", "chess", "teal", "chess:plus=True")
 
