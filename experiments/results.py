@@ -11,6 +11,7 @@ run goes on where it stopped; anything else gets a file of its own, so no figure
 is not its own, and nothing is overwritten.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Results", "load", "newest", "start"]
 
@@ -73,15 +75,16 @@ class Results:
         row = _as_json({**settings, **values}) | {"settings": list(settings)}
         old = self.find(settings)
         rows = (*(r for r in self.rows if r is not old), row)
-        return replace(self, rows=rows)._written()
+        return self._with(rows=rows)
 
     def claim(self, claims: Mapping[str, float]) -> "Results":
         """Writes the named figures that README and docs quote, beside those already there."""
-        return replace(self, claims={**self.claims, **_as_json(claims)})._written()
+        return self._with(claims={**self.claims, **_as_json(claims)})
 
-    def _written(self) -> "Results":
-        _write(self.path, {**self.header, "rows": list(self.rows), "claims": dict(self.claims)})
-        return self
+    def _with(self, **parts: Any) -> "Results":
+        new = replace(self, **parts)
+        data = {**self.header, "rows": list(new.rows), "claims": dict(new.claims)}
+        return replace(new, path=_write(self.path, data, first=not (self.rows or self.claims)))
 
 
 def start(
@@ -183,6 +186,8 @@ def _is_row(row: object) -> bool:
 
 
 def _load_or_set_aside(path: Path) -> dict | None:
+    if not path.stat().st_size:
+        return None  # a run that began just now takes this name, or was killed as it did
     try:
         return load(path)
     except ValueError as error:
@@ -211,25 +216,46 @@ def _as_text(data: dict) -> str:
     return "{\n" + ",\n".join(f' "{name}": {value}' for name, value in fields.items()) + "\n}\n"
 
 
-def _write(path: Path, data: dict) -> None:
-    """Replaces the file at once: whoever reads it, or a crash, sees the old or the new one, whole."""
-    text = _as_text(data)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
+def _write(path: Path, data: dict, first: bool) -> Path:
+    """Replaces the file at once: whoever reads it, or a crash, sees the old or the new one, whole.
+
+    Returns: its path; where it is the first of a run, one that no run beside it has taken.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path = _taken(path) if first else path
+    except OSError as error:
+        raise _refused(error, path) from error
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed run left is overwritten
+    try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(_as_text(data))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"results are written whole or not at all, got {error.strerror!r}: "
-            "the file from before is intact, make room and run again to go on",
-            str(path),
-        ) from error
+        for left in (temporary, path)[: 1 + first]:
+            left.unlink(missing_ok=True)
+        raise _refused(error, path) from error
+    return path
+
+
+def _refused(error: OSError, path: Path) -> OSError:
+    return OSError(
+        error.errno,
+        f"results are written whole or not at all, got {error.strerror!r}: "
+        "the file from before is intact, make room and run again to go on",
+        str(path),
+    )
+
+
+def _taken(path: Path) -> Path:
+    """Returns a path that no file had, as an empty file: of two runs that begin together each has its own."""
+    while True:
+        path = _free(path)
+        with contextlib.suppress(FileExistsError):
+            path.touch(exist_ok=False)
+            return path
 
 
 def _free(path: Path) -> Path:

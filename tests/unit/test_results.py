@@ -95,6 +95,22 @@ def test_another_run_gets_a_file_of_its_own(tmp_path, other):
     assert second.path != first.path
 
 
+def test_runs_that_begin_together_have_a_file_each(tmp_path):
+    runs = [begin(tmp_path, command=f"python -m experiments.demo {i}") for i in range(3)]
+    assert len({run.path for run in runs}) == 1, "none has written yet"
+    runs = [run.add({"m": i}, {"kl": float(i)}).add({"m": 9}, {"kl": 9.0}) for i, run in enumerate(runs)]
+    assert [load(run.path)["rows"][0]["kl"] for run in runs] == [0, 1, 2]
+    assert [begin(tmp_path, command=run.header["command"]).path for run in runs] == [r.path for r in runs]
+
+
+def test_a_full_disk_leaves_nothing_of_a_first_row(tmp_path, monkeypatch):
+    (tmp_path / "demo").mkdir()
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="make room"):
+        begin(tmp_path).add({"m": 1}, {"kl": 0.5})
+    assert os.listdir(tmp_path / "demo") == []
+
+
 def test_changed_source_measures_anew(tmp_path, monkeypatch):
     first = begin(tmp_path).add({"m": 1}, {"kl": 0.5})
     monkeypatch.setattr(module, "_source_digest", lambda: "of another source")
