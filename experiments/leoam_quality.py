@@ -70,7 +70,7 @@ class Quality:
         "leoam",
         "leoam:leaf=32",
         "leoam:known_by=mean",
-        "leoam:known_by=middle",
+        "leoam:known_by=box",
         "quest:dense_layers=0",
     )
     learned: tuple[str, ...] = ()

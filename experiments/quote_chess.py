@@ -77,7 +77,8 @@ CHESS: Mapping[str, Callable[[], str]] = {
     ),
     "quality of Qwen": functools.partial(
         _chess_quality,
-        f"{QWEN} --learned moby-dick.txt --docs 2 --context 512 --tokens 4096 --length 512 --sparsities 0.5",
+        f"{QWEN} --dtype float32 --learned moby-dick.txt --methods chess cats teal chess:plus=True "
+        "--sparsities 0.5 0.7 0.3 --refine 40",
     ),
     "settings": functools.partial(
         _chess_quality,
@@ -91,6 +92,6 @@ CHESS: Mapping[str, Callable[[], str]] = {
     ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity", "", True),
-    "speed again": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True --sparsities 0.5"),
+    "speed of batches": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True --samples 5"),
     "speed together": functools.partial(_chess_speed, "together", " --sparsities 0.5"),
 }

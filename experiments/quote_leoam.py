@@ -11,10 +11,12 @@ from experiments.quote_methods import GEMMA, QWEN, below
 __all__ = ["LEOAM"]
 
 _WAYS = (
-    "leaf 8", "leaf 16", "leaf 32", "leaf 64", "2 pairs", "1 point", "2 points", "leaf 8, 1 point",
-    "1 middle", "true leaf 16", "true leaf 1",
+    "leaf 8", "leaf 16", "leaf 32", "leaf 64", "2 pairs", "leaf 8, 8 bits", "1 point", "2 points",
+    "leaf 8, 1 point", "leaf 8, 1 point, 8 bits", "leaf 8, 1 point, 4 bits", "1 middle", "leaf 8, 1 middle",
+    "leaf 8, 1 middle, 8 bits", "leaf 8, 1 middle, 4 bits", "leaf 4, 1 middle, 4 bits", "true leaf 16",
+    "true leaf 1",
 )  # fmt: skip
-_QWEN = f"{QWEN} --dtype bfloat16 --docs 1"
+_LONG = "--dtype float32 --docs 1 --context"
 _SHARES = (0.05, 0.1, 0.2)
 
 
@@ -135,23 +137,21 @@ def _faults() -> str:
 
 
 LEOAM: Mapping[str, Callable[[], str]] = {
-    "recall": functools.partial(_recall, "--dtype float32 --docs 2"),
-    "recall, longer": functools.partial(_recall, "--dtype float32 --docs 1 --context 7168"),
-    "recall of Gemma": functools.partial(_recall, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
-    "recall of Gemma, longer": functools.partial(
-        _recall, f"{GEMMA} --dtype float32 --docs 1 --context 16384"
-    ),
-    "recall of Qwen": functools.partial(_recall, _QWEN),
-    "work": functools.partial(_work, "--dtype float32 --docs 2"),
-    "work of Gemma": functools.partial(_work, f"{GEMMA} --dtype float32 --docs 2 --context 8192"),
-    "work of Qwen": functools.partial(_work, _QWEN),
-    "quality": functools.partial(_quality, "--dtype"),
-    "quality of Gemma": functools.partial(_quality, GEMMA),
-    "quality of Qwen": functools.partial(_quality, QWEN),
+    "recall": functools.partial(_recall, f"{_LONG} 7168"),
+    "recall of Gemma": functools.partial(_recall, f"{GEMMA} {_LONG} 16384"),
+    "recall of Qwen": functools.partial(_recall, f"{QWEN} {_LONG} 8192"),
+    "work": functools.partial(_work, f"{_LONG} 7168"),
+    "work of Gemma": functools.partial(_work, f"{GEMMA} {_LONG} 16384"),
+    "work of Qwen": functools.partial(_work, f"{QWEN} {_LONG} 8192"),
+    "quality": functools.partial(_quality, "--dtype float32 --texts"),
+    "quality of Gemma": functools.partial(_quality, f"{GEMMA} --dtype float32 --docs 2"),
+    "quality of Gemma, abstracts": functools.partial(_quality, f"{GEMMA} --dtype float32 --rest 128"),
+    "quality of Qwen": functools.partial(_quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --keys"),
     "speed": functools.partial(
         _speed,
         "--samples 2",
         "--cases llama-3.1-8b:8x32768 --names full leoam-host",
+        "--cases llama-3.1-8b:8x32768 --names full prefetch",
         "--cases longchat-7b:1x32768 --names full fixed leoam",
     ),
     "faults": _faults,

@@ -247,7 +247,8 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "quality at a tenth": functools.partial(_chelsea_quality, f"{PROSE} --keeps 0.1"),
     "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m --texts"),
     "quality of Gemma at half": functools.partial(_chelsea_quality, "--model gemma3-270m --dtype"),
-    "quality of Qwen": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32"),
+    "quality of Qwen": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32 --texts"),
+    "quality of Qwen in prose": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32 --docs 3"),
     "sweep": functools.partial(_chelsea_sweep, "--dtype float32"),
     "recent": functools.partial(_chelsea_sweep, "--texts"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
@@ -259,6 +260,7 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
 A2ATS: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_a2ats_quality, "--calibration books --dtype"),
     "quality of Gemma": functools.partial(_a2ats_quality, f"--calibration books-gemma {GEMMA}"),
+    "quality of Qwen": functools.partial(_a2ats_quality, f"--calibration books-qwen {QWEN}"),
     "distances": functools.partial(_a2ats_distances, "--dtype float32"),
     "recall": functools.partial(_a2ats_recall, "--dtype"),
     "recall of Gemma": functools.partial(_a2ats_recall, GEMMA),

@@ -1,18 +1,19 @@
 """LeoAM: keeps everything, on up to three tiers, and reads at each step the chunks that can matter.
 
 A chunk of neighbouring tokens, a leaf, is known by an abstract: the smallest and largest of its keys per
-channel, which bound q·k for any query. Leaves may lie in larger chunks, roots, with such abstracts too: one
-evaluation may tell that none of a root's tokens matter. A step looks into roots in the order of their bounds.
+channel, which bound q·k for any query, or the middle between them, which catches more for its bytes. Leaves
+may lie in larger chunks, roots, known by smallest and largest too: one evaluation may tell that none of a
+root's tokens matter. A step looks into roots in the order of their bounds.
 
-    U(q)    = Σ_d max(q_d·low_d, q_d·high_d)        of a root, and of a leaf
+    U(q)    = Σ_d max(q_d·low_d, q_d·high_d)        of a root, and of a leaf; or q·middle, of a leaf
     read      the leaves of largest U, as many as hold `topk` tokens, and those of the newest `window` and of
               the first `n_sinks` tokens; query heads of a KV head share them, ranked by the group's largest U
     attend    exactly, over these
 
-State: two vectors [D] per leaf and per root, 1/leaf + 1/root of the bytes of K and V; with `pairs`, so many
-per leaf; by means or middles, half of a leaf's. Holds the whole cache: on the device it saves reads, not
-memory; on host and disk, both. Prompts are read in full. After a method that evicts without moving slots,
-abstracts keep what is gone, and the window is that of the last slots.
+State: a vector [D] per leaf, half of 1/leaf of the bytes of K and V, two with boxes; with `pairs`, so many per
+leaf; two per root. Holds the whole cache: on the device it saves reads, not memory; on host and disk, both.
+Prompts are read in full. After a method that evicts without moving slots, abstracts keep what is gone, and the
+window is that of the last slots.
 
 Source: arXiv 2506.20187: chunks in a tree by each layer's skew, a light abstract of each, K and V on device,
 host and disk. The paper gives no formulas; bounds, parts of a leaf (`pairs`), means or middles instead of
@@ -84,7 +85,7 @@ class LeoAM(CacheMethod):
     leaf: PerLayer = 16
     root: PerLayer = None
     pairs: int = 1
-    known_by: PerLayer = "box"
+    known_by: PerLayer = "middle"
     window: int = 64
     n_sinks: int = 16
     dense_layers: int = 0
