@@ -146,6 +146,9 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "quality": functools.partial(_quality, "--dtype float32 --texts"),
     "quality of Gemma": functools.partial(_quality, f"{GEMMA} --dtype float32 --docs 2"),
     "quality of Gemma, abstracts": functools.partial(_quality, f"{GEMMA} --dtype float32 --rest 128"),
+    "quality of Qwen, abstracts": functools.partial(
+        _quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --shares"
+    ),
     "quality of Qwen": functools.partial(_quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --keys"),
     "speed": functools.partial(
         _speed,

@@ -12,6 +12,8 @@ bound would take all of its leaves at once did not occur on three models (experi
 it is not looked for.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import cache
 from kvjax.chunk_tree import Shape, Tree
+from kvjax.vector_codes import absent, products
 from pallas_kernels import bound_scores, select_topk
 
 __all__ = ["best", "scores"]
@@ -89,7 +92,7 @@ def _of(tree: Tree, run: cache.Run, slots: tuple[int, ...], shape: Shape) -> Tre
     parts = run._replace(row=run.row * shape.pairs, size=run.size * shape.pairs)
     n_roots = shape.n_roots(slots)
     roots = cache.Run(run.head, run.n, sum(n_roots[: run.head]), n_roots[run.head])
-    low, high = (None if x is None else cache.view(x, parts) for x in (tree.low, tree.high))
+    low, high = jax.tree.map(lambda x: cache.view(x, parts), (tree.low, tree.high))
     return Tree(low, high, *(cache.view(x, roots) for x in (tree.root_low, tree.root_high)))
 
 
@@ -160,16 +163,10 @@ def _taken(x: Array | None, leaf: Int[Array, "B n X"], shape: Shape) -> Array | 
     return jnp.take_along_axis(x, part.reshape(*leaf.shape[:2], -1, 1), axis=2, mode="clip")
 
 
-def _scores(
-    q: Float[Array, "B n G D"], low: Array, high: Array | None, shape: Shape
-) -> Float[Array, "B n N"]:
-    """Returns the bound, or the estimate, of each leaf from its parts [B n N·pairs D]."""
+def _scores(q: Float[Array, "B n G D"], low: Any, high: Array | None, shape: Shape) -> Float[Array, "B n N"]:
+    """Returns the bound, or the estimate, of each leaf from its parts [B n N·pairs D], or their codes."""
     if high is None:
-        none = low[..., 0] == jnp.inf
-        point = jnp.where(none[..., None], 0.0, low.astype(jnp.float32))
-        exact = jax.lax.Precision.HIGHEST
-        score = jnp.einsum("bngd,bnsd->bngs", q.astype(jnp.float32), point, precision=exact).max(2)
-        score = jnp.where(none, -jnp.inf, score)
+        score = jnp.where(absent(low), -jnp.inf, products(q, low).max(2))
     else:
         score = _bounds(q, low, high)
     return score.reshape(*score.shape[:2], -1, shape.pairs).max(-1)

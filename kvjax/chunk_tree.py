@@ -6,22 +6,26 @@
 
 A box bounds the products of its keys with any query, and a root's box those of its leaves' parts, be they
 boxes, means or middles. A part without keys has inf for these, and a box of low = inf > high = -inf.
-Of middles, the part of each head that was written last has its box kept beside, for keys that follow.
+Of middles, the part of each head that was written last has its box kept beside, for keys that follow; so
+middles may be codes of 8 bits, which no key is added to.
 
 Source: LeoAM (arXiv 2506.20187), a light abstract of each chunk and chunks of several sizes in a tree. The
-paper gives no formulas: boxes are those of Quest (arXiv 2406.10774); parts, means and middles are ours.
+paper gives no formulas: boxes are those of Quest (arXiv 2406.10774); parts, means, middles and codes are
+ours.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import cache
 from kvjax.shapes import Leaf, Rows
+from kvjax.vector_codes import coded
 from pallas_kernels import block_bounds
 
 __all__ = ["KINDS", "Begun", "Shape", "Tree", "build", "empty", "refresh"]
@@ -38,15 +42,18 @@ class Shape:
         root: slots of a root, None for no roots: all leaves are evaluated.
         pairs: parts of a leaf, each with a box.
         known_by: what parts have, a "box" of their keys, their "mean", or the "middle" of the box.
+        bits: 8 for middles as codes, None for what parts have as it is.
 
     Raises:
-        ValueError: where parts do not divide a leaf, or leaves a root; for another way to know parts.
+        ValueError: where parts do not divide a leaf, or leaves a root; for another way to know parts; for
+            codes of other bits, of something else than middles, or with roots.
     """
 
     leaf: int = 16
     root: int | None = 128
     pairs: int = 1
     known_by: str = "box"
+    bits: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.leaf, self.pairs) < 1 or self.leaf % self.pairs:
@@ -58,6 +65,11 @@ class Shape:
             )
         if self.known_by not in KINDS:
             raise ValueError(f"parts are known by one of {', '.join(KINDS)}, got {self.known_by!r}")
+        if self.bits is not None and (self.bits, self.known_by, self.root) != (8, "middle", None):
+            raise ValueError(
+                "codes have 8 bits, and are of middles without roots, got "
+                f"{self.bits} bits, known_by={self.known_by!r}, root={self.root}"
+            )
 
     @property
     def vectors(self) -> int:
@@ -100,7 +112,7 @@ class Begun:
 class Tree:
     """Parts and roots of a layer's chunks, head after head; N leaves and M roots of a head."""
 
-    low: Leaf  # [B ΣN·pairs D] smallest key of each part, or the mean of its keys, or the middle of their box
+    low: Any  # [B ΣN·pairs D] smallest key of each part, or the mean, or the middle or its codes
     high: Leaf  # [B ΣN·pairs D] largest key; None where `low` has means or middles
     root_low: Leaf  # [B ΣM D]
     root_high: Leaf  # [B ΣM D]
@@ -112,7 +124,8 @@ def empty(batch: int, head_dim: int, dtype: Any, slots: Sequence[int], shape: Sh
     parts, roots = sum(shape.n_parts(slots)), sum(shape.n_roots(slots))
     full = lambda n, value: jnp.full((batch, n, head_dim), value, dtype)  # noqa: E731
     high = full(parts, -jnp.inf) if shape.known_by == "box" else None
-    tree = Tree(full(parts, jnp.inf), high, full(roots, jnp.inf), full(roots, -jnp.inf))
+    low = full(parts, jnp.inf) if shape.bits is None else coded(full(parts, jnp.inf))
+    tree = Tree(low, high, full(roots, jnp.inf), full(roots, -jnp.inf))
     if shape.known_by != "middle":
         return tree
     n, none = len(slots), jnp.full((batch, len(slots)), -1, jnp.int32)
@@ -142,8 +155,9 @@ def build(keys: Rows, mass: Float[Array, "B R"], slots: tuple[int, ...], shape: 
             _whole(x, value, slots, shape) for x, value in zip(bounds, (jnp.inf, -jnp.inf), strict=True)
         )
     if shape.known_by == "middle":
-        begun, low, high = _last_of(low, high, slots, shape), _middles(low, high), None
-    tree = Tree(low, high, low[:, :0], low[:, :0], begun)
+        begun, low, high = _last_of(low, high, slots, shape), _middles(low, high, shape), None
+    none = jnp.zeros((len(keys), 0, keys.shape[2]), keys.dtype)
+    tree = Tree(low, high, none, none, begun)
     if shape.root is None:
         return tree
     heads = []
@@ -167,9 +181,10 @@ def _whole(x: Array, value: float, slots: tuple[int, ...], shape: Shape) -> Arra
     return jnp.concatenate([h.reshape(len(x), -1, x.shape[-1]) for h in heads], axis=1)
 
 
-def _middles(low: Array, high: Array) -> Array:
-    """Returns the middle of boxes, inf for those without keys."""
-    return jnp.where(low <= high, (low + high) / 2, jnp.inf)
+def _middles(low: Array, high: Array, shape: Shape) -> Any:
+    """Returns the middle of boxes, inf for those without keys, or its codes."""
+    middle = jnp.where(low <= high, (low + high) / 2, jnp.inf)
+    return middle if shape.bits is None else coded(middle)
 
 
 def _last_of(low: Array, high: Array, slots: tuple[int, ...], shape: Shape) -> Begun:
@@ -214,7 +229,7 @@ def refresh(
     here = idx < mass.shape[1]
     slot = jnp.where(here, idx - jnp.asarray(cache.starts(slots))[:, None], 0)  # [B K T]
     starts = jnp.asarray(cache.starts(shape.n_parts(slots)))[:, None]
-    part = jnp.where(here, slot // shape.box + starts, tree.low.shape[1])
+    part = jnp.where(here, slot // shape.box + starts, sum(shape.n_parts(slots)))
     if shape.known_by == "middle":
         tree = _moved_middles(tree, keys, (here, slot), slots, shape)
     elif shape.known_by == "mean":
@@ -262,14 +277,14 @@ def _moved_middles(
     first = jnp.where(here, part, max(slots)).min(2)  # [B K]
     b, h = jnp.arange(len(slot))[:, None, None], jnp.arange(len(slots))[:, None]
     at = jnp.where(here, part - first[..., None], n)
-    none = jnp.full((*first.shape, n, keys.shape[3]), jnp.inf, tree.low.dtype)
+    none = jnp.full((*first.shape, n, keys.shape[3]), jnp.inf, begun.low.dtype)
     low = none.at[b, h, at].min(keys.astype(none.dtype), mode="drop")
     high = (-none).at[b, h, at].max(keys.astype(none.dtype), mode="drop")
     same = (begun.part == first)[..., None]
     low = low.at[:, :, 0].min(jnp.where(same, begun.low, jnp.inf))
     high = high.at[:, :, 0].max(jnp.where(same, begun.high, -jnp.inf))
     place = first[..., None] + jnp.arange(n) + jnp.asarray(cache.starts(shape.n_parts(slots)))[:, None]
-    place = jnp.where(low[..., 0] <= high[..., 0], place, tree.low.shape[1])
+    place = jnp.where(low[..., 0] <= high[..., 0], place, sum(shape.n_parts(slots)))
     last = jnp.where(here, at, -1).max(2)
     written, take = last >= 0, jnp.maximum(last, 0)[..., None, None]
     ends = [
@@ -277,7 +292,10 @@ def _moved_middles(
         for x, old in ((low, begun.low), (high, begun.high))
     ]
     begun = Begun(*ends, jnp.where(written, first + last, begun.part))
-    return tree.replace(low=tree.low.at[b, place].set(_middles(low, high), mode="drop"), begun=begun)
+    moved = jax.tree.map(
+        lambda x, new: x.at[b, place].set(new, mode="drop"), tree.low, _middles(low, high, shape)
+    )
+    return tree.replace(low=moved, begun=begun)
 
 
 def _with_roots(

@@ -53,8 +53,8 @@ def fit(
         known_by: to choose from.
 
     Raises:
-        ValueError: for a method that reads everything, for documents of fewer tokens than four times the
-            queries, or for leaves of which none has the method's `pairs`.
+        ValueError: for a method that reads everything, or has abstracts as codes; for documents of fewer
+            tokens than four times the queries, or leaves of which none has the method's `pairs`.
 
     Cost: a dense prompt per document; per layer, document and size, a choice for each query.
 
@@ -70,6 +70,10 @@ def fit(
     """
     if method.topk is None:
         raise ValueError("sizes are fitted to what is chosen, got topk=None: give tokens or a share")
+    if method.abstract_bits is not None:
+        raise ValueError(
+            f"chunks are fitted with abstracts as they are, got {method.abstract_bits=}: give None"
+        )
     if documents.ndim != 2 or documents.shape[1] < 4 * n_queries or n_queries < 1:
         raise ValueError(
             "queries are tokens of the last quarter of documents [N T], got "

@@ -10,16 +10,16 @@ root's tokens matter. A step looks into roots in the order of their bounds.
               the first `n_sinks` tokens; query heads of a KV head share them, ranked by the group's largest U
     attend    exactly, over these
 
-State: a vector [D] per leaf, half of 1/leaf of the bytes of K and V, two with boxes; with `pairs`, so many per
-leaf; two per root. Holds the whole cache: on the device it saves reads, not memory; on host and disk, both.
-Prompts are read in full. After a method that evicts without moving slots, abstracts keep what is gone, and the
-window is that of the last slots.
+State: a vector [D] per leaf, half of 1/leaf of the bytes of K and V, two with boxes; with `pairs`, so many
+per leaf; two per root; as codes (`abstract_bits`) a byte a channel. Holds the whole cache: on the device it
+saves reads, not memory; on host and disk, both. Prompts are read in full. After a method that evicts without
+moving slots, abstracts keep what is gone, and the window is that of the last slots.
 
 Source: arXiv 2506.20187: chunks in a tree by each layer's skew, a light abstract of each, K and V on device,
 host and disk. The paper gives no formulas; bounds, parts of a leaf (`pairs`), means or middles instead of
-boxes (`known_by`), window and sinks are our reconstruction. Deviations: what is read is what an evaluation
-of all leaves would choose, the tree only saves evaluations; no root is taken whole; sizes are a layer's,
-found beforehand (`kvjax.calibrate.chunks`), and do not change while decoding.
+boxes (`known_by`), codes, window and sinks are our reconstruction. Deviations: what is read is what an
+evaluation of all leaves would choose, the tree only saves evaluations; no root is taken whole; sizes are a
+layer's, found beforehand (`kvjax.calibrate.chunks`), and do not change while decoding.
 """
 
 import functools
@@ -65,6 +65,8 @@ class LeoAM(CacheMethod):
         pairs: parts of a leaf, each with an abstract.
         known_by: what an abstract is, the "box" of its keys, their "mean", or the "middle" of the box; or one
             for each layer.
+        abstract_bits: 8 for middles as codes with a scale each, without roots and on the device; None for
+            abstracts in the type of the keys.
         window: newest tokens that are always read.
         n_sinks: first tokens that are always read.
         dense_layers: first layers that are read in full.
@@ -86,6 +88,7 @@ class LeoAM(CacheMethod):
     root: PerLayer = None
     pairs: int = 1
     known_by: PerLayer = "middle"
+    abstract_bits: int | None = None
     window: int = 64
     n_sinks: int = 16
     dense_layers: int = 0
@@ -117,9 +120,12 @@ class LeoAM(CacheMethod):
                 f"{self.window=}, {self.n_sinks=}, {self.dense_layers=}"
             )
         for leaf, root, known_by in self._table():
-            Shape(leaf, root, self.pairs, known_by)
-            if root is not None and self.abstracts == "host":
-                raise ValueError(f"roots need abstracts on the device, got {self.abstracts=} for {root=}")
+            Shape(leaf, root, self.pairs, known_by, self.abstract_bits)
+            if self.abstracts == "host" and (root, self.abstract_bits) != (None, None):
+                raise ValueError(
+                    "roots, and abstracts as codes, need abstracts on the device, got "
+                    f"{self.abstracts=} for {root=}, {self.abstract_bits=}"
+                )
             if self.disk is not None and self.chunk % leaf:
                 raise ValueError(f"a chunk holds whole leaves, got {self.chunk=} for {leaf=}")
         self._check_tiers()
@@ -161,7 +167,7 @@ class LeoAM(CacheMethod):
     @property
     def shape(self) -> Shape:
         """How the slots of a layer lie in its tree."""
-        return Shape(self.leaf, self.root, self.pairs, self.known_by)
+        return Shape(self.leaf, self.root, self.pairs, self.known_by, self.abstract_bits)
 
     def for_layer(self, index: int, n_layers: int) -> "LeoAM":
         """Returns the method of one layer: its chunks, and its part of the device's bytes.

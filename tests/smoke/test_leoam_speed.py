@@ -49,7 +49,9 @@ def test_the_same_command_goes_on_from_its_rows(measured, monkeypatch, capsys):
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match=r"a name is one of full, prefetch, fixed, leoam.*got fuller"):
+    with pytest.raises(
+        ValueError, match=r"a name is one of full, prefetch, fixed, fixed-host, leoam.*got fuller"
+    ):
         speed(dataclasses.replace(TINY, names=("full", "fuller")))
 
 

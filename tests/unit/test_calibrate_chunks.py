@@ -15,7 +15,7 @@ from tests.tiny_models import tiny
 
 MODEL = tiny(windows=(None, 24, None, None))
 DOCUMENTS = np.random.default_rng(0).integers(0, 256, (2, 128))
-METHOD = LeoAM(0.2, window=4, n_sinks=2, leaf=8, root=16, dense_layers=1)
+METHOD = LeoAM(0.2, window=4, n_sinks=2, leaf=8, root=16, known_by="box", dense_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,11 @@ def test_what_is_caught_is_all_where_all_is_read():
     ("changes", "options", "message"),
     [
         ({"topk": None}, {}, "sizes are fitted to what is chosen, got topk=None"),
+        (
+            {"root": None, "known_by": "middle", "abstract_bits": 8},
+            {},
+            "abstracts as they are, got .*=8: give None",
+        ),
         ({}, {"n_queries": 33}, "queries are tokens of the last quarter of documents"),
         ({"pairs": 4}, {"leaves": (6,)}, "got none such for method.pairs=4: give other leaves"),
     ],

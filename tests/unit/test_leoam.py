@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -60,7 +61,14 @@ def test_the_window_and_the_sinks_are_always_read(topk, n, window, n_sinks, root
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"pairs": 2}, {"known_by": "mean"}, {"known_by": "middle"}, {"root": None}]
+    "changes",
+    [
+        {"known_by": "box"},
+        {"pairs": 2},
+        {"known_by": "mean"},
+        {"known_by": "box", "pairs": 2},
+        {"root": None},
+    ],
 )
 def test_the_leaves_of_largest_bound_are_read(changes):
     method, n = leoam(12, window=1, n_sinks=0, **changes), 57
@@ -97,7 +105,8 @@ def test_reading_all_is_dense_attention(topk, tier):
         ({}, {}),
         ({"pairs": 2, "known_by": "mean"}, {}),
         ({"root": None, "known_by": "middle"}, {"abstracts": "host"}),
-        ({"root": None}, {"abstracts": "host"}),
+        ({"root": None, "known_by": "box"}, {"abstracts": "host"}),
+        ({"root": None, "abstract_bits": 8}, {}),
         ({"leaf": 8, "topk": 0.3, "root": None, "pairs": 2, "known_by": "mean"}, {"abstracts": "host"}),
     ],
 )
@@ -110,9 +119,11 @@ def test_the_host_gives_what_the_device_gives(changes, where):
     assert on_host(state[0].aux) == bool(where)
 
 
-@pytest.mark.parametrize("known_by", chunk_tree.KINDS)
-def test_a_tree_that_grew_is_the_one_made_anew(known_by):
-    method = leoam(known_by=known_by)
+@pytest.mark.parametrize(
+    "changes", [*({"known_by": x} for x in chunk_tree.KINDS), {"root": None, "abstract_bits": 8}]
+)
+def test_a_tree_that_grew_is_the_one_made_anew(changes):
+    method = leoam(**changes)
     for kv in run(MODEL, method)[1]:
         again = method.for_layer(0, 2).moved(kv, None).aux
         for ours, theirs in zip(*(jax_leaves(x) for x in (kv.aux, again)), strict=True):
@@ -120,7 +131,7 @@ def test_a_tree_that_grew_is_the_one_made_anew(known_by):
 
 
 def jax_leaves(tree: chunk_tree.Tree):
-    return [x for x in (tree.low, tree.high, tree.root_low, tree.root_high) if x is not None]
+    return jax.tree.leaves(tree.replace(begun=None))
 
 
 def test_heads_of_unequal_slots_are_searched_alike():
@@ -204,8 +215,13 @@ def test_abstracts_on_the_host_count_as_its_memory(monkeypatch):
         ({"tier": "host", "device_budget": 0}, "budgets are bytes, 1 or more, or None"),
         ({"disk": "x", "host_budget": -5}, "budgets are bytes, 1 or more, or None"),
         ({"abstracts": "disk", "tier": "host"}, 'abstracts lie on the "device", or on the "host"'),
+        ({"abstracts": "host", "tier": "host", "root": None, "abstract_bits": 8}, "self.abstract_bits=8"),
+        ({"abstract_bits": 8}, "codes have 8 bits, and are of middles without roots"),
         ({"abstracts": "host", "root": None}, "if K and V are not on the device, got self.abstracts='host'"),
-        ({"abstracts": "host", "tier": "host"}, "roots need abstracts on the device, .* for root=16"),
+        (
+            {"abstracts": "host", "tier": "host"},
+            "roots, and abstracts as codes, need abstracts on the device, .* for root=16",
+        ),
         ({"device_budget": 9}, "device_budget is for K and V on the host or the disk"),
         ({"tier": "host", "host_budget": 9}, "host_budget for the disk, got .*: leave it out"),
     ],
