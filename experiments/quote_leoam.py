@@ -17,6 +17,8 @@ _WAYS = (
     "true leaf 1",
 )  # fmt: skip
 _LONG = "--dtype float32 --docs 1 --context"
+_NOVEL = "--dtype float32 --texts moby-dick.txt --docs 2 --rest 96"
+_KINDS = f"{GEMMA} --dtype float32 --rest 128 --shares 0.1 0.2 --methods leoam"
 _SHARES = (0.05, 0.1, 0.2)
 
 
@@ -143,9 +145,11 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "work": functools.partial(_work, f"{_LONG} 7168"),
     "work of Gemma": functools.partial(_work, f"{GEMMA} {_LONG} 16384"),
     "work of Qwen": functools.partial(_work, f"{QWEN} {_LONG} 8192"),
-    "quality": functools.partial(_quality, "--dtype float32 --texts"),
+    "quality": functools.partial(_quality, f"{_NOVEL} --keys"),
+    "quality of codes": functools.partial(_quality, f"{_NOVEL} --methods leoam leoam:leaf=8"),
     "quality of Gemma": functools.partial(_quality, f"{GEMMA} --dtype float32 --docs 2"),
-    "quality of Gemma, abstracts": functools.partial(_quality, f"{GEMMA} --dtype float32 --rest 128"),
+    "quality of Gemma, abstracts": functools.partial(_quality, f"{_KINDS} leoam:known_by=mean"),
+    "quality of Gemma, codes": functools.partial(_quality, f"{_KINDS} leoam:leaf=8"),
     "quality of Qwen, abstracts": functools.partial(
         _quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --shares"
     ),

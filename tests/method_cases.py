@@ -79,7 +79,7 @@ CASES |= {
         make("chelsea", **settings("chelsea")), make("quest", budget=32, dense_layers=0)
     ),
     "a2ats, host": make("a2ats", **settings("a2ats"), tier="host"),
-    "leoam, host": make("leoam", **settings("leoam"), tier="host"),
+    "leoam, host": make("leoam", **settings("leoam") | {"root": None, "abstract_bits": 8}, tier="host"),
     "quest+kivi8": kvjax.chain(make("quest", budget=32, dense_layers=0), make("kivi", bits=8)),
 }
 EVICTS = [name for name, m in CASES.items() if m.evicts]
