@@ -75,6 +75,9 @@ CHESS: Mapping[str, Callable[[], str]] = {
         _chess_quality,
         f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.3 0.5 0.7",
     ),
+    "quality of Gemma between": functools.partial(
+        _chess_quality, f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.4 0.6"
+    ),
     "quality of Qwen": functools.partial(
         _chess_quality,
         f"{QWEN} --dtype float32 --learned moby-dick.txt --methods chess cats teal chess:plus=True "
