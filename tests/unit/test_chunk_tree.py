@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kvjax import cache
@@ -16,7 +16,7 @@ from kvjax.chunk_tree import Shape, build, empty, refresh
 SHAPES = [
     Shape(4, 8), Shape(4, 4), Shape(8, 16, pairs=2), Shape(4, None), Shape(4, 16, 2, "mean"),
     Shape(8, 24, 1, "mean"), Shape(2, 2, 2, "mean"), Shape(1, 3), Shape(4, None, 1, "middle"),
-    Shape(8, 16, 2, "middle"), Shape(4, None, 1, "middle", 8), Shape(8, None, 2, "middle", 8),
+    Shape(8, 16, 2, "middle"), Shape(4, None, 1, "middle", 8), (CODES := Shape(8, None, 2, "middle", 8)),
 ]  # fmt: skip
 SLOTS = [(40, 40), (37, 37), (16, 41), (5, 24)]
 D = 6
@@ -63,6 +63,7 @@ def leaf_scores(keys, mass, q, slots, shape: Shape) -> list[np.ndarray]:
 
 @settings(max_examples=5)
 @given(every_shape, every_slots, st.integers(0, 9))
+@example(CODES, SLOTS[2], 0)
 def test_scores_are_their_definition(shape, slots, seed):
     keys, mass = filled(seed, slots)
     q = jnp.asarray(np.random.default_rng(seed).normal(size=(2, 2, 3, D)), jnp.float32)
@@ -137,6 +138,7 @@ def test_descent_finds_what_an_evaluation_of_all_leaves_finds(shape, slots, n, s
 @given(
     every_shape, every_slots, st.lists(st.sampled_from([1, 2, 7]), min_size=1, max_size=6), st.integers(0, 9)
 )
+@example(CODES, SLOTS[2], [2, 7, 1, 7], 0)
 def test_a_tree_that_grew_is_the_one_that_is_built(shape, slots, chunks, seed):
     """Rows of two lengths, in chunks of any length: boxes and middles are the same, means up to rounding."""
     rng, fill = np.random.default_rng(seed), np.zeros((2, 2), int)
