@@ -22,7 +22,7 @@ import numpy as np
 
 import kvjax
 from experiments import leoam_fault_child as child
-from experiments import results
+from experiments import provenance
 from kvjax.contexts import load_context, recover_context
 from kvjax.methods.leoam import LeoAM
 
@@ -128,7 +128,7 @@ def run(settings: Any, below: Path, after: float | None = None, **more: Any) -> 
         child.__name__,
         json.dumps(asked | {"folder": str(below / "killed")} | more),
     ]
-    path = os.pathsep.join([str(results.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(provenance.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with (
         open(below / "errors", "w+") as errors,
         subprocess.Popen(

@@ -6,7 +6,7 @@ usage: python -m experiments.quote
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments import quote_chess, quote_leoam, quote_methods, quote_systems, results
+from experiments import provenance, quote_chess, quote_leoam, quote_methods, quote_systems, results
 
 __all__ = ["files", "main", "quoted"]
 
@@ -36,17 +36,17 @@ _PEERS = {"cudnn": "cuDNN", "jax_op": "JAX's op", "exact": "q·K"}
 def files() -> dict[Path, dict[str, Callable[[], str]]]:
     """Returns the files that quote results, and what makes each of their blocks."""
     return {
-        results.ROOT / "README.md": {
+        provenance.ROOT / "README.md": {
             "compare": _compare,
             "peers": _peers,
             "kernels": _kernels,
             "systems": quote_systems.table,
         },
-        results.ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
-        results.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
-        results.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
-        results.ROOT / "docs" / "methods" / "chess.md": quote_chess.CHESS,
-        results.ROOT / "docs" / "methods" / "leoam.md": quote_leoam.LEOAM,
+        provenance.ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
+        provenance.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
+        provenance.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
+        provenance.ROOT / "docs" / "methods" / "chess.md": quote_chess.CHESS,
+        provenance.ROOT / "docs" / "methods" / "leoam.md": quote_leoam.LEOAM,
     }
 
 

@@ -5,7 +5,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Mapping
 
-from experiments import results
+from experiments import provenance, results
 
 __all__ = ["A2ATS", "CHELSEA", "GEMMA", "PROSE", "QWEN", "below"]
 
@@ -82,7 +82,7 @@ def _chelsea_speed(options: str) -> str:
             value = stored["claims"][f"chelsea.{claim}"]
             lines.append(f"| {words} | {f'{value:.1%}' if how == '%' else f'{value:.2f}'} | {wanted} |")
     picture = path.removesuffix(".json") + ".png"
-    if (results.ROOT / picture).exists():
+    if (provenance.ROOT / picture).exists():
         lines += ["", f"![Decode steps over the context](../../{picture})"]
     return "\n".join(lines) + below(stored, path)
 

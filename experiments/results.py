@@ -12,25 +12,19 @@ is not its own, and nothing is overwritten.
 """
 
 import contextlib
-import hashlib
 import json
 import os
-import platform
-import re
-import shlex
-import subprocess
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from experiments import provenance
+
 __all__ = ["Results", "load", "newest", "start"]
 
-ROOT = Path(__file__).parent.parent
 FOLDER = Path(__file__).parent / "results"
 HEADER = {
     "experiment": str,
@@ -42,8 +36,6 @@ HEADER = {
     "versions": dict,
 }
 IDENTITY = ("experiment", "command", "seed", "device", "versions")  # what a rerun must share to go on
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "kvjax")
-SOURCES = ("kvjax", "pallas_kernels", "experiments")
 
 
 @dataclass(frozen=True)
@@ -100,15 +92,15 @@ def start(
     A file that cannot be read is set aside as `<name>.corrupt`, with a warning. The device and the command
     are found out unless they are given; `resume=False` measures everything anew, in a new file.
     """
-    device, slug = (device, _slug(device)) if device else _device()
+    device, slug = (device, provenance.slug(device)) if device else provenance.device()
     header = {
         "experiment": experiment,
-        "command": command or _command(),
-        "commit": _commit(),
+        "command": command or provenance.command(),
+        "commit": provenance.commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seed": seed,
         "device": device,
-        "versions": _versions(),
+        "versions": provenance.versions(),
     }
     folder = Path(folder) / experiment
     read = {path: _load_or_set_aside(path) for path in sorted(folder.glob("*.json"))}
@@ -162,7 +154,7 @@ def newest(
         and (claim is None or claim in run["claims"])
     ]
     stored, path = max(fits, key=lambda pair: pair[0]["date"])
-    return stored, path.relative_to(ROOT).as_posix()
+    return stored, path.relative_to(provenance.ROOT).as_posix()
 
 
 def _problem(data: object) -> str | None:
@@ -266,68 +258,3 @@ def _free(path: Path) -> Path:
         n += 1
         free = path.with_name(f"{stem}-{n}{dot}{rest}")
     return free
-
-
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def _device() -> tuple[str, str]:
-    """Returns what JAX computes on, in words, and its short name for a file."""
-    import jax  # here, so that reading results does not start JAX
-
-    devices = jax.devices()
-    if devices[0].platform == "cpu":
-        return f"{os.cpu_count()}-core CPU ({_cpu_name()})", "cpu"
-    name = devices[0].device_kind + (f" x{len(devices)}" if len(devices) > 1 else "")
-    return name, _slug(name)
-
-
-def _cpu_name() -> str:
-    try:
-        names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _command() -> str:
-    """Returns the command line of this process as one would type it."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"-m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-    return " ".join(["python", program, *map(shlex.quote, sys.argv[1:])])
-
-
-def _commit() -> str:
-    """Returns the commit of the source, with `-dirty` where anything but results differs from it.
-
-    KVJAX_COMMIT names it where a copy of the source runs, without its history.
-    """
-    if named := os.environ.get("KVJAX_COMMIT"):
-        return named
-    git = ["git", "-C", str(ROOT)]
-    try:
-        run = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        changes = [*git, "status", "--porcelain", "--", ".", ":!experiments/results"]
-        dirty = subprocess.run(changes, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return run.stdout.strip() + ("-dirty" if dirty else "")
-
-
-def _versions() -> dict[str, str]:
-    """Returns the versions that figures depend on; `source` is a digest of our own files."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found | {"source": _source_digest()}
-
-
-def _source_digest() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(p for top in SOURCES for p in (ROOT / top).rglob("*.py")):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:12]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import results as module
+from experiments import provenance
 from experiments.results import load, start
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +113,7 @@ def test_a_full_disk_leaves_nothing_of_a_first_row(tmp_path, monkeypatch):
 
 def test_changed_source_measures_anew(tmp_path, monkeypatch):
     first = begin(tmp_path).add({"m": 1}, {"kl": 0.5})
-    monkeypatch.setattr(module, "_source_digest", lambda: "of another source")
+    monkeypatch.setattr(provenance, "_source_digest", lambda: "of another source")
     assert begin(tmp_path).rows == ()
     assert begin(tmp_path).path == first.path.with_stem(first.path.stem + "-2")
 
