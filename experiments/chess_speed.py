@@ -64,7 +64,7 @@ class Speed:
     together: str = "llama-3.1-8b:1x131072"
     here: str = "smollm2-135m"
     caches: tuple[str, ...] = ("chelsea:budget={budget}", "kivi8", "kivi4")
-    steps: int = 16
+    steps: int = 64
     samples: int = 9
     copy_mib: int = 1024
     seed: int = 0

@@ -79,7 +79,7 @@ class Speed:
     shape: str = "llama-3.1-8b"
     layers: int | None = None
     cases: tuple[str, ...] = ("1x8192", "8x32768")
-    steps: int = 16
+    steps: int = 64
     samples: int = 9
     copy_mib: int = 1024
     seed: int = 0

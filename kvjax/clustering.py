@@ -59,7 +59,7 @@ class Clusters:
     keys: Leaf  # [B R D] mean key, in the frame that is compared
     n: Leaf  # [B R] tokens, 0 for a cluster that must stay as it is
     root: Leaf  # [B R] int32, row of the state that the cluster will stand in, -1 = none
-    at: Leaf  # [B R] int32, for each row of the state the cluster that it is in
+    at: Leaf  # [B R] int32, for each row of the state the cluster that it is in, R or more = none
 
 
 def plan(size: int, goal: int, how: Matching, rounds: int | None = None) -> list[int]:
@@ -91,23 +91,28 @@ def reduce(
 
     n: tokens that each slot stands for. Returns the state and n, both packed anew.
 
-    Cost: reads the keys twice and writes them once to compare them, and as much again for each pass but the
-    last; then reads and writes keys and values once.
+    Cost: reads the keys twice and writes them once to compare them, and as much again for what each pass but
+    the last leaves; then reads and writes keys and values once.
     """
-    n_passes = max(1, *(len(plan(size, g, how, rounds)) for size, g in zip(kv.slots, goal, strict=True)))
-    first, goals = cache.count(kv), jnp.asarray(goal, jnp.int32)
+    plans = [plan(size, g, how, rounds) or [size] for size, g in zip(kv.slots, goal, strict=True)]
+    first, goals, last = cache.count(kv), jnp.asarray(goal, jnp.int32), max(map(len, plans)) - 1
     ratio = _ratio(jnp.maximum(first, goals), goals, how, rounds)
 
-    def one(i: Array, clusters: Clusters) -> Clusters:
+    def one(i: Array, clusters: Clusters, held: tuple[int, ...], left: tuple[int, ...]) -> Clusters:
         target = jnp.maximum(goals, jnp.ceil(first * ratio ** (i + 1) - 1e-3).astype(jnp.int32))
-        target = jnp.where(full, jnp.where(i + 1 >= (rounds or n_passes), goals, target), first)
-        return merge(clusters, target, kv.slots, goal, how)
+        target = jnp.where(full, jnp.where(i + 1 >= (rounds or last + 1), goals, target), first)
+        return merge(clusters, target, held, goal, how, left)
 
     clusters = begin(kv, n, how, jnp.asarray([how.newest(g) for g in goal], jnp.int32))
-    if n_passes > 1:
-        clusters = jax.lax.fori_loop(0, n_passes - 1, one, clusters)
+    held = kv.slots
+    if len(set(zip(kv.slots, goal, strict=True))) == 1:
+        for i in range(last):  # each pass has less to look at
+            left = tuple(max(plans[0][i], size) for size in slots)  # where a head is not full it has `slots`
+            clusters, held = one(jnp.int32(i), clusters, held, left), left
+    elif last:  # a layer whose heads differ has a program of its own, which had better be compiled soon
+        clusters = jax.lax.fori_loop(0, last, lambda i, clusters: one(i, clusters, held, held), clusters)
     # The last pass is outside the loop, so that XLA sees that nobody wants the keys that it would move.
-    return finish(kv, n, one(jnp.int32(n_passes - 1), clusters), goal, slots, how)
+    return finish(kv, n, one(jnp.int32(last), clusters, held, held), goal, slots, how)
 
 
 def begin(kv: KV, n: Packed, how: Matching, newest: Int[Array, " K"] | None = None) -> Clusters:
@@ -141,24 +146,28 @@ def matches(
 
 
 def merge(
-    clusters: Clusters, target: Int[Array, "B K"], slots: tuple[int, ...], goal: Sequence[int], how: Matching
-) -> Clusters:
+    clusters: Clusters, target: Int[Array, "B K"], slots: tuple[int, ...], goal: Sequence[int], how: Matching,
+    left: tuple[int, ...] | None = None,
+) -> Clusters:  # fmt: skip
     """Runs one pass: merges the most similar clusters until target[b, head] are left, or no more can.
 
     slots: capacity of each head. goal: no target is below it; the pass makes room for the merges this allows.
+    left: capacity after the pass, None for the same; where more cannot merge, the oldest are forgotten, and
+    their tokens stay alone.
     """
     best, similarity = matches(clusters, slots, how)
+    left = slots if left is None else left
     alive = clusters.root >= 0
     count = merging.dense(alive, slots, False).sum(-1)
     groups = Groups.of(clusters.n, *_chosen(best, similarity, count - target, slots, goal, how))
-    old, new = merging.close(alive, groups.source, slots, slots)
+    old, new = merging.close(alive, groups.source, slots, left)
     at = groups.led(new, n_rows=old.shape[1])
     moved = merging.put(new, groups.source, merging.take(new, groups.into))
     return Clusters(
         keys=merging.put(cache.take(clusters.keys, old), at, groups.mean(clusters.keys)),
         n=merging.put(cache.take(clusters.n, old), at, groups.n),
         root=cache.take(clusters.root, old, -1),
-        at=merging.take(moved, clusters.at),
+        at=jnp.where(clusters.at < sum(slots), merging.take(moved, clusters.at), sum(left)),
     )
 
 
@@ -170,7 +179,8 @@ def finish(
     goal: slots of each head that are left at least.
     """
     rows = kv.mass.shape[1]
-    root = jnp.where(kv.mass > 0, merging.take(clusters.root, clusters.at), -1)
+    held = (kv.mass > 0) & (clusters.at < clusters.root.shape[1])
+    root = jnp.where(held, merging.take(clusters.root, clusters.at), -1)
     joins = (root >= 0) & (root != jnp.arange(rows))
     most = [max(size - g, 0) for size, g in zip(kv.slots, goal, strict=True)]
     source, _ = merging.close(joins, jnp.zeros((len(root), 0), jnp.int32), kv.slots, most)

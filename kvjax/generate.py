@@ -17,7 +17,8 @@ from kvjax.thresholds import Thresholds
 
 __all__ = ["Completion", "generate", "stream"]
 
-_BLOCK = 16  # tokens per compiled call
+_FIRST = 8  # tokens of the first compiled call, so that a reader sees some soon; each has twice as many, up to
+_BLOCK = 64  # what a call costs beside its steps is then little: on a GPU some of the time of one
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def stream(
 ) -> Iterator[list[int | None]]:
     """Yields the tokens of each step, one per row, None where a row has ended.
 
-    Arguments and errors as `generate`. Tokens arrive in blocks, since several steps run in one
+    Arguments and errors as `generate`. Tokens arrive in blocks that grow, since many steps run in one
     compiled call.
 
     Example:
@@ -125,9 +126,9 @@ def _blocks(
     model: Model, logits: jax.Array, state: State, method: CacheMethod, left: int, sampling: Sampling
 ) -> Iterator[list[int | None]]:
     """Decodes block by block until all rows have ended."""
-    forced = np.full((logits.shape[0], _BLOCK), -1, np.int32)
+    forced, block = np.full((logits.shape[0], _BLOCK), -1, np.int32), _FIRST
     while left and not (forced == -2).all():
-        steps = min(_BLOCK, left)
+        steps, block = min(block, left), min(2 * block, _BLOCK)
         tokens, logits, state, _ = decode(
             model, logits, state, method, forced, steps=steps, sampling=sampling
         )

@@ -383,6 +383,18 @@ def test_rows_fare_alike_whatever_stands_beside(seed, targets):
     equal(jax.tree.map(lambda x: x[0], beside), jax.tree.map(lambda x: x[0], out))
 
 
+@given(seeds)
+def test_heads_of_one_goal_are_looked_at_less_and_less_and_fare_the_same(seed):
+    kv, full = two_rows(seed, (LENGTH, 33)), jnp.asarray([[True, True], [True, False]])
+    ours, _ = reduced(kv, full, goal=(12, 12), how=HOW, slots=(40, 40))
+    theirs, _ = reduced(kv, full, goal=(12, 30), how=HOW, slots=(40, 40))
+    first = [x for x in heads(ours) if x[1] == 0], [x for x in heads(theirs) if x[1] == 0]
+    for (_, _, *new), (_, _, *old) in zip(*first, strict=True):
+        for x, y in zip(new, old, strict=True):
+            np.testing.assert_array_equal(x, y)
+    assert ours.fill.tolist() == [[12, 12], [12, 33]]
+
+
 @given(seeds, st.lists(st.booleans(), min_size=4, max_size=4))
 def test_only_full_heads_merge(seed, full):
     kv = two_rows(seed, (LENGTH, LENGTH))
