@@ -17,8 +17,8 @@ from kvjax.thresholds import Thresholds
 
 __all__ = ["Completion", "generate", "stream"]
 
-_FIRST = 8  # tokens of the first compiled call, so that a reader sees some soon; each has twice as many, up to
-_BLOCK = 64  # what a call costs beside its steps is then little: on a GPU some of the time of one
+_FIRST = 8  # tokens of the first compiled call, so that a reader sees some soon; each has twice as many
+_BLOCK = 64  # up to so many, so that what a call costs beside its steps is little
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ __all__ = ["rms_norm"]
 
 
 def rms_norm(
-    x: Float[Array, "B M"], scale: Float[Array, " M"], *, eps: float, impl: str | None = None
+    x: Float[Array, "B M"], scale: Float[Array, "..."], *, eps: float, impl: str | None = None
 ) -> Float[Array, "B M"]:
     """Returns x / sqrt(mean x² + eps) · scale in x's type, computed in float32.
 
-    XLA makes one kernel of it where there are many rows, and two of a single row; there is no kernel for TPUs.
+    XLA makes one kernel of it where there are many rows, and two of a single one. TPUs have the reference.
 
     Args:
         x: the rows.
