@@ -95,7 +95,6 @@ CHESS: Mapping[str, Callable[[], str]] = {
     ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity", "", True),
-    "speed since": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True", True),
     "speed of batches": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True --samples 5"),
     "speed together": functools.partial(_chess_speed, "together", " --sparsities 0.5"),
 }

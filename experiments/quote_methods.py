@@ -19,7 +19,6 @@ _SPEED = """
 """
 
 GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
-_CASES = "--cases llama-3.1-8b:8x32768 qwen2.5-1.5b:64x32768"
 PROSE = "--texts moby-dick.txt pydoc_data.topics"
 
 
@@ -59,12 +58,12 @@ def _chelsea_long() -> str:
     return "\n".join(lines) + below(stored, path)
 
 
-def _chelsea_speed(options: str, whole: bool = False) -> str:
+def _chelsea_speed(options: str) -> str:
     """Returns the decode steps: times, what the bytes allow, and the share of clustering.
 
-    options: what the command begins with, or all of them.
+    options: what the command begins with.
     """
-    stored, path = results.newest("chelsea", f" speed {options}", "chelsea_speed", "decode", whole)
+    stored, path = results.newest("chelsea", f" speed {options}", "chelsea_speed", part="decode")
     lines = [
         "| rows x tokens | budgets | step, µs | of the limit | clustering | times as fast | bytes allow |",
         "|---|---|---|---|---|---|---|",
@@ -254,8 +253,7 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "recent": functools.partial(_chelsea_sweep, "--texts"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
     "long": _chelsea_long,
-    "speed": functools.partial(_chelsea_speed, f"{_CASES} --line"),
-    "speed since": functools.partial(_chelsea_speed, _CASES, whole=True),
+    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b"),
     "speed of Qwen": functools.partial(_chelsea_speed, "--cases qwen2.5-1.5b"),
     "requests": _chelsea_requests,
 }

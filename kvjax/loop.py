@@ -26,7 +26,6 @@ from kvjax.models.decoder import Decoder
 from kvjax.sampling import Limits, Sampling, sample
 from kvjax.shapes import Ids
 from kvjax.states import State, check_room, each_layer, init_state, settle, widen
-from pallas_kernels.backend import jit_side_by_side
 
 __all__ = [
     "Program",
@@ -205,7 +204,7 @@ def _compressed(kv: KV, q: Array, pos: Array, method: CacheMethod, mesh: Mesh | 
     return sharding.over_heads(mesh, step, method, kv, q, pos)[0]
 
 
-@jit_side_by_side(static_argnames="program", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
 def _step(variables, ids, pos, state, *, program: Program):
     """Runs one decode step."""
     logits, state = _advance(variables, ids, pos, state, program)
@@ -351,7 +350,7 @@ def _decode_parts(
     return jnp.concatenate(tokens, axis=1), logits, state, logits_kept
 
 
-@jit_side_by_side(static_argnames=("program", "keep_logits"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("program", "keep_logits"), donate_argnames="state")
 def _decode(variables, logits, state, forced, steps, limits: Limits, *, program: Program, keep_logits: bool):
     """Runs decode steps until all rows have ended or `steps` are done."""
     batch, n = forced.shape

@@ -7,7 +7,6 @@ from pallas_kernels.bound_scores import bound_scores
 from pallas_kernels.chunked_similarity import chunked_similarity
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.fetch_rows import fetch_rows
-from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 from pallas_kernels.spvmm import spvmm
@@ -28,7 +27,6 @@ __all__ = [
     "decode_attention",
     "fetch_rows",
     "join",
-    "rms_norm",
     "select_topk",
     "sparse_decode_attention",
     "spvmm",

@@ -6,7 +6,6 @@ silenced here, and nowhere else.
 """
 
 import contextlib
-import functools
 import re
 import types
 import warnings
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax._src.core import trace_state_clean  # no public name; nor do nested programs take options
 from jax.experimental import checkify, io_callback, topologies
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -33,7 +31,6 @@ __all__ = [
     "gpu_call",
     "in_hbm",
     "jax_decode_attention",
-    "jit_side_by_side",
     "pl",
     "pltpu",
     "program_id",
@@ -160,29 +157,6 @@ def tpu_call(
         return pl.pallas_call(kernel, interpret=races, **options)(*operands)
     params = pltpu.CompilerParams(dimension_semantics=tuple(semantics), vmem_limit_bytes=vmem_bytes)
     return pl.pallas_call(kernel, compiler_params=params, **options)(*operands)
-
-
-class _SideBySide:
-    """A function compiled by itself with options, and within another program without: there its own count."""
-
-    def __init__(self, fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        functools.update_wrapper(self, fn)
-        at_once = {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
-        self._whole, self._part = jax.jit(fn, compiler_options=at_once, **options), jax.jit(fn, **options)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return (self._whole if trace_state_clean() else self._part)(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._whole, name)
-
-
-def jit_side_by_side(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Returns `jax.jit` for functions of many small kernels: a GPU runs those together that need not wait.
-
-    XLA launches the kernels of such a program as one graph, by default one after the other.
-    """
-    return lambda fn: _SideBySide(fn, options)
 
 
 def call_host(fn: Callable[..., Any], result: Any, *args: Any) -> Any:

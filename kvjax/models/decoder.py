@@ -23,7 +23,6 @@ from kvjax.prefill_attention import precision
 from kvjax.shapes import Positions, Queries, Tokens
 from kvjax.sharding import Mesh, over_heads
 from pallas_kernels.backend import target
-from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.sparse_matvec import MAX_BATCH
 from pallas_kernels.spvmm import spvmm
 from pallas_kernels.vmmsp import vmmsp
@@ -50,8 +49,6 @@ class Norm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Returns x normalised over its last axis."""
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        if _is_one_row(x):
-            return rms_norm(x.reshape(1, -1), scale, eps=self.eps).reshape(x.shape)
         x32 = x.astype(jnp.float32)
         x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
         return (x32 * scale).astype(x.dtype)
@@ -93,11 +90,6 @@ class Linear(nn.Module):
         return y if gate is None else gate * y
 
 
-def _is_one_row(x: Array) -> bool:
-    """Returns whether x is a single row on a GPU, of which XLA makes worse kernels than of two."""
-    return math.prod(x.shape[:-1]) == 1 and target().platform == "gpu"
-
-
 def _is_step(x: Array) -> bool:
     """Returns whether x [B T M] is a decode step of few rows, on a device with kernels that skip weights."""
     return x.shape[1] == 1 and x.shape[0] <= MAX_BATCH and target().platform != "cpu"
@@ -122,7 +114,7 @@ def _product(x: Array, kernel: Array) -> Array:
     adds up, fused into what reads it: in a scatter, one sum after the other. A second row, of zeros,
     keeps it a product.
     """
-    alone = _is_one_row(x) and kernel.size < _SMALL
+    alone = math.prod(x.shape[:-1]) == 1 and kernel.size < _SMALL and target().platform == "gpu"
     rows = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]) if alone else x
     y = jnp.dot(rows, kernel, precision=precision(x.dtype))
     return y[..., :1, :] if alone else y
