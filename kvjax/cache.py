@@ -20,7 +20,7 @@ from kvjax import storage, tiers
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Packed, Positions, Slots, Tokens
-from pallas_kernels import select_topk
+from pallas_kernels import append_rows, select_topk
 from pallas_kernels.backend import debug_check
 
 __all__ = [
@@ -162,34 +162,32 @@ def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
 
     Cost: writes 2·B·K·T·D elements; the donated state is updated in place.
     """
-    rows = kv.pos.shape[1]
     valid = pos >= 0
-    order = jnp.cumsum(valid, axis=1) - 1
+    order = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1)
     slot = kv.fill[:, :, None] + order[:, None, :]  # [B K T]
-    room = slot < jnp.asarray(kv.slots)[None, :, None]
+    written = valid[:, None, :] & (slot < jnp.asarray(kv.slots)[None, :, None])
     debug_check(
-        lambda: jnp.all(room | ~valid[:, None, :]),
+        lambda: jnp.all(written | ~valid[:, None, :]),
         "the KV cache overflows: allocate more slots or compress sooner",
     )
-    written = valid[:, None, :] & room
-    idx = jnp.where(written, slot + starts(kv.slots)[None, :, None], rows)
+    idx = jnp.where(written, slot + starts(kv.slots)[None, :, None], kv.pos.shape[1])
     if kv.rotated:
         k = rotate(k, jnp.broadcast_to(pos[:, :, None], k.shape[:3]), kv.layer.rope)
-    batch = jnp.arange(pos.shape[0])[:, None, None]
-    spread = jnp.broadcast_to(pos[:, None, :], idx.shape)
-    mass = kv.mass.at[batch, idx].set(1.0, mode="drop")
-    fill = jnp.minimum(kv.fill + valid.sum(1, dtype=jnp.int32)[:, None], jnp.asarray(kv.slots, jnp.int32))
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    if kv.tier is None:
-        kv = kv.replace(k=storage.write(kv.k, idx, k, mass), v=storage.write(kv.v, idx, v, mass))
-    else:
-        kv = kv.replace(tier=tiers.stage(kv.tier, jnp.where(written, slot, -1), k, v))
+    rows = {"pos": jnp.broadcast_to(pos[:, None, :], idx.shape), "mass": jnp.ones(idx.shape, kv.mass.dtype)}
+    dense = kv.tier is None and not isinstance(kv.k, storage.Quantized)
+    if dense:
+        rows |= {"k": k.astype(kv.k.dtype), "v": v.astype(kv.v.dtype)}
+    stores = {name: getattr(kv, name) for name in rows}
+    taken = valid.sum(1, dtype=jnp.int32)
+    fill = jnp.minimum(kv.fill + taken[:, None], jnp.asarray(kv.slots, jnp.int32))
     kv = kv.replace(
-        pos=kv.pos.at[batch, idx].set(spread, mode="drop"),
-        mass=mass,
-        fill=fill,
-        seen=kv.seen + valid.sum(1, dtype=jnp.int32),
+        **append_rows(stores, rows, kv.fill, order, slots=kv.slots), fill=fill, seen=kv.seen + taken
     )
+    if kv.tier is not None:
+        kv = kv.replace(tier=tiers.stage(kv.tier, jnp.where(written, slot, -1), k, v))
+    elif not dense:
+        kv = kv.replace(k=storage.write(kv.k, idx, k, kv.mass), v=storage.write(kv.v, idx, v, kv.mass))
     return kv, idx
 
 

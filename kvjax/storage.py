@@ -1,6 +1,6 @@
-"""Reads and writes the vectors of a cache, dense or quantised, behind two functions.
+"""Reads the vectors of a cache, dense or quantised, and writes those of a quantised one.
 
-A dense store is an array [B R D]. A quantised store holds integer codes for every slot and, in
+A dense store is an array [B R D], which `append_rows` writes. A quantised store holds integer codes for every slot and, in
 full precision, a ring of the most recently written slots, which override their codes when read
 (KIVI's recent window). Codes are asymmetric: value = zero + code·scale. Values are quantised per
 token, keys per channel over blocks of `block` slots; a block is quantised again when one of its
@@ -19,7 +19,6 @@ from jaxtyping import Array, Float
 
 from kvjax.shapes import Leaf, Packed, Slots
 from pallas_kernels import Codes
-from pallas_kernels.backend import in_hbm
 
 __all__ = ["Quantized", "blocks", "dtype", "encode", "quantize", "read", "renew", "renumber", "write"]
 
@@ -73,15 +72,13 @@ def renumber(store: Any, first: Any, slots: tuple[int, ...]) -> Any:
     return store.replace(slot=slot.astype(jnp.int32), slots=slots)
 
 
-def write(store: Any, idx: Slots, x: Float[Array, "B K T D"], mass: Packed) -> Any:
+def write(store: Quantized, idx: Slots, x: Float[Array, "B K T D"], mass: Packed) -> Any:
     """Writes one vector per head and token to packed rows idx (R = drop); mass as after the write.
 
     Raises:
-        NotImplementedError: for several tokens at once into a quantised store; widen it first.
+        NotImplementedError: for several tokens at once; widen the cache first.
     """
     batch = jnp.arange(idx.shape[0])[:, None, None]
-    if not isinstance(store, Quantized):
-        return in_hbm(store.at[batch, idx].set(x.astype(store.dtype), mode="drop"))
     if idx.shape[2] != 1:
         raise NotImplementedError(
             f"a quantised store takes one token at a time, got T={idx.shape[2]}: widen the cache first"

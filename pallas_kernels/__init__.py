@@ -1,5 +1,6 @@
 """Kernels for attention over compressed caches, for GPU and TPU, each with a plain reference."""
 
+from pallas_kernels.append_rows import append_rows
 from pallas_kernels.assign_lines import assign_lines
 from pallas_kernels.attention import AttentionForm, Codes, join
 from pallas_kernels.block_bounds import block_bounds
@@ -20,6 +21,7 @@ from pallas_kernels.vq_topk import vq_topk
 __all__ = [
     "AttentionForm",
     "Codes",
+    "append_rows",
     "assign_lines",
     "block_bounds",
     "bound_scores",

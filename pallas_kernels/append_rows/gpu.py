@@ -1,0 +1,59 @@
+"""Row writes in Pallas Triton: a program writes a tile of one head's tokens to every store, in place.
+
+XLA makes a kernel of each store's scatter, which for one token takes as long as this one takes for all.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import starts
+from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.rows_gpu import lanes
+
+__all__ = ["run"]
+
+_TILE = 16
+
+
+def run(stores, rows, fill, order, *, slots: tuple[int, ...]):
+    """Returns what `reference.run` returns."""
+    flat, tree = jax.tree.flatten(stores)
+    (batch, length), n_stores = order.shape, len(flat)
+    tile = min(_TILE, pl.next_power_of_2(length))
+    heads = jnp.asarray(np.stack([starts(slots)[:-1], slots], axis=1), jnp.int32)
+    out = gpu_call(
+        functools.partial(_write, n_stores=n_stores, tile=tile),
+        *flat, *jax.tree.leaves(rows), fill, order, heads,
+        grid=(batch, len(slots), pl.cdiv(length, tile)),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat],
+        aliases={i: i for i in range(n_stores)}, name="append_rows",
+    )  # fmt: skip
+    return tree.unflatten(out)
+
+
+def _write(*refs, n_stores: int, tile: int):
+    """Writes one tile of one head's tokens.
+
+    refs: the stores, which are the outputs; rows [B K T ...] of each; fill [B K]; order [B T]; heads [K 2],
+    first packed row and capacity; the outputs [B R ...].
+    """
+    rows_refs, (fill_ref, order_ref, heads_ref) = refs[n_stores : 2 * n_stores], refs[2 * n_stores : -n_stores]
+    batch, head = program_id(0), program_id(1)
+    at = program_id(2) * tile + jnp.arange(tile)
+    order = triton.load(order_ref.at[batch, at], mask=at < order_ref.shape[1], other=-1)
+    slot = fill_ref[batch, head] + order
+    alive = (order >= 0) & (slot < heads_ref[head, 1])
+    for rows_ref, out_ref in zip(rows_refs, refs[-n_stores:], strict=True):
+        # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
+        to = jnp.where(alive, heads_ref[head, 0] + slot, out_ref.shape[1])
+        if out_ref.ndim == 2:
+            new = triton.load(rows_ref.at[batch, head, at], mask=alive, other=0)
+            triton.store(out_ref.at[batch, to], new, mask=alive)
+            continue
+        channel = jnp.arange(lanes(out_ref.shape[2]))
+        mask = alive[:, None] & (channel < out_ref.shape[2])[None, :]
+        new = triton.load(rows_ref.at[batch, head, at[:, None], channel[None, :]], mask=mask, other=0)
+        triton.store(out_ref.at[batch, to[:, None], channel[None, :]], new, mask=mask)
