@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from kvjax import storage, tiers
 from kvjax.cache import KV, extent, runs, starts, take, view
 from kvjax.prefill_attention import attend_prompt, logits
-from kvjax.rope import rotate
+from kvjax.rope import rotate, rotate_rows
 from kvjax.shapes import Leaf, Positions, Queries
 from pallas_kernels import AttentionForm, decode_attention, join, sparse_decode_attention
 
@@ -93,7 +93,7 @@ def _attend_newest(kv: KV, q: Float[Array, "B K G D"], pos: Positions, selection
     length = jnp.where(pos >= 0, extent(kv), 0)
     if isinstance(kv.k, storage.Quantized):
         return _attend_quantized(kv, q, mass, length, selection)
-    keys = kv.k if kv.rotated else rotate(kv.k, kv.pos, kv.layer.rope)
+    keys = kv.k if kv.rotated else rotate_rows(kv.k, kv.pos, kv.layer.rope)
     return _kernel(kv, q, (keys, kv.v), mass, length, selection, lse=False)
 
 

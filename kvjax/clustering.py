@@ -24,10 +24,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import cache, merging, storage
 from kvjax.cache import KV
-from kvjax.merging import Groups
-from kvjax.rope import unrotate
+from kvjax.rope import rotate_rows
 from kvjax.shapes import Leaf, Packed
-from pallas_kernels import chunked_similarity
+from pallas_kernels import MergeForm, chunked_similarity, mark_topk, merge_rows
 from pallas_kernels.backend import debug_check
 
 __all__ = ["Clusters", "Matching", "begin", "finish", "matches", "merge", "plan", "reduce"]
@@ -112,7 +111,8 @@ def reduce(
     elif last:  # a layer whose heads differ has a program of its own, which had better be compiled soon
         clusters = jax.lax.fori_loop(0, last, lambda i, clusters: one(i, clusters, held, held), clusters)
     # The last pass is outside the loop, so that XLA sees that nobody wants the keys that it would move.
-    return finish(kv, n, one(jnp.int32(last), clusters, held, held), goal, slots, how)
+    clusters = one(jnp.int32(last), clusters, held, held)
+    return finish(kv, n, clusters, goal, slots, how, None if last else how.chunk)
 
 
 def begin(kv: KV, n: Packed, how: Matching, newest: Int[Array, " K"] | None = None) -> Clusters:
@@ -133,7 +133,7 @@ def begin(kv: KV, n: Packed, how: Matching, newest: Int[Array, " K"] | None = No
     )
     free = free & finite
     rows = jnp.broadcast_to(jnp.arange(kv.mass.shape[1], dtype=jnp.int32), kv.mass.shape)
-    plain = unrotate(keys, kv.pos, kv.layer.rope) if how.before_rope else keys
+    plain = rotate_rows(keys, kv.pos, kv.layer.rope, back=True) if how.before_rope else keys
     return Clusters(plain, jnp.where(free, n, 0.0), jnp.where(kv.mass > 0, rows, -1), rows)
 
 
@@ -157,50 +157,43 @@ def merge(
     """
     best, similarity = matches(clusters, slots, how)
     left = slots if left is None else left
-    alive = clusters.root >= 0
+    rows, alive = sum(slots), clusters.root >= 0
     count = merging.dense(alive, slots, False).sum(-1)
-    groups = Groups.of(clusters.n, *_chosen(best, similarity, count - target, slots, goal, how))
-    old, new = merging.close(alive, groups.source, slots, left)
-    at = groups.led(new, n_rows=old.shape[1])
-    moved = merging.put(new, groups.source, merging.take(new, groups.into))
+    go = mark_topk(merging.dense(similarity, slots, -jnp.inf), count - target)
+    first = np.repeat(cache.starts(slots), slots)
+    into = jnp.where(merging.packed(go, slots), best + first, rows)
+    old, new = merging.close(alive & (into >= rows), slots, left)
+    moved = jnp.where(into < rows, merging.take(new, into), new)
+    form = MergeForm(slots, _most(slots, goal, how), how.chunk)
+    made = merge_rows((clusters.keys,), clusters.n, old, into, form=form)
     return Clusters(
-        keys=merging.put(cache.take(clusters.keys, old), at, groups.mean(clusters.keys)),
-        n=merging.put(cache.take(clusters.n, old), at, groups.n),
+        keys=made.rows[0],
+        n=made.n,
         root=cache.take(clusters.root, old, -1),
-        at=jnp.where(clusters.at < sum(slots), merging.take(moved, clusters.at), sum(left)),
+        at=jnp.where(clusters.at < rows, merging.take(moved, clusters.at), sum(left)),
     )
 
 
 def finish(
-    kv: KV, n: Packed, clusters: Clusters, goal: Sequence[int], slots: Sequence[int], how: Matching
-) -> tuple[KV, Float[Array, "B Q"]]:
+    kv: KV, n: Packed, clusters: Clusters, goal: Sequence[int], slots: Sequence[int], how: Matching,
+    reach: int | None = None,
+) -> tuple[KV, Float[Array, "B Q"]]:  # fmt: skip
     """Merges the slots of each cluster, and packs them into `slots`. Returns the state and n.
 
-    goal: slots of each head that are left at least.
+    goal: slots of each head that are left at least. reach: slots that a cluster extends over, None for all.
     """
     rows = kv.mass.shape[1]
     held = (kv.mass > 0) & (clusters.at < clusters.root.shape[1])
     root = jnp.where(held, merging.take(clusters.root, clusters.at), -1)
-    joins = (root >= 0) & (root != jnp.arange(rows))
-    most = [max(size - g, 0) for size, g in zip(kv.slots, goal, strict=True)]
-    source, _ = merging.close(joins, jnp.zeros((len(root), 0), jnp.int32), kv.slots, most)
-    into = jnp.where(source >= 0, merging.take(root, jnp.maximum(source, 0)), rows)
-    groups = Groups.of(n, jnp.where(source >= 0, source, rows), into)
+    into = jnp.where((root >= 0) & (root != jnp.arange(rows)), root, rows)
+    most = sum(max(size - g, 0) for size, g in zip(kv.slots, goal, strict=True))
     rope = kv.layer.rope if how.before_rope else None
-    return merging.merge(kv, n, groups, slots, rope=rope, n_first=how.n_sinks)
+    sizes = {"most": most, "reach": reach}
+    return merging.merge(kv, n, into, slots, rope=rope, n_first=how.n_sinks, **sizes)
 
 
-def _chosen(
-    best: Array, similarity: Array, n_merges: Int[Array, "B K"], slots: Sequence[int], goal: Sequence[int],
-    how: Matching,
-) -> tuple[Int[Array, "B M"], Int[Array, "B M"]]:  # fmt: skip
-    """Returns the rows that merge, n_merges most similar of each head, and into which; R = none."""
-    rows, sizes = similarity.shape[1], np.asarray(slots)
+def _most(slots: Sequence[int], goal: Sequence[int], how: Matching) -> int:
+    """Returns how many clusters a pass merges at most: all sources, if no head falls below its goal so."""
+    sizes = np.asarray(slots)
     n_sources = sizes - sizes // how.chunk * (how.chunk // how.stride) - sizes % how.chunk // how.stride
-    most = np.minimum(n_sources, np.maximum(sizes - np.asarray(goal), 0))
-    source = jnp.argsort(-merging.dense(similarity, slots, -jnp.inf), axis=-1, stable=True)
-    source = source[..., : max(1, most.max())]
-    at = jnp.take_along_axis(merging.dense(best, slots, -1), source, -1)
-    go = (jnp.arange(source.shape[-1]) < n_merges[..., None]) & (at >= 0)
-    first = cache.starts(slots)[:, None]
-    return tuple(merging.packed(jnp.where(go, x + first, rows), most.tolist()) for x in (source, at))
+    return int(np.minimum(n_sources, np.maximum(sizes - np.asarray(goal), 0)).sum())

@@ -2,11 +2,11 @@
 
     n' = n_b + Σ n_a      k' = (n_b k_b + Σ n_a k_a) / n'      v' and the position alike
 
-Sums are made for the slots that merge alone, in float32, so that a step that merges few needs little memory.
+The sums are `merge_rows`; here is which slots they are of, and where their means stand.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,100 +15,54 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import cache, storage
 from kvjax.cache import KV
 from kvjax.models.config import RopeConfig
-from kvjax.rope import rotate, unrotate
+from kvjax.rope import frequencies
 from kvjax.shapes import Packed
+from pallas_kernels import MergeForm, merge_rows
 
-__all__ = ["Groups", "close", "dense", "merge", "packed", "put", "take"]
+__all__ = ["close", "dense", "merge", "packed", "take"]
 
 
 def merge(
-    kv: KV, n: Packed, groups: "Groups", slots: Sequence[int], *, rope: RopeConfig | None, n_first: int
-) -> tuple[KV, Float[Array, "B Q"]]:
-    """Merges groups of slots and packs the state into `slots`, in the old order.
+    kv: KV, n: Packed, into: Int[Array, "B R"], slots: Sequence[int], *, rope: RopeConfig | None,
+    n_first: int, most: int, reach: int | None,
+) -> tuple[KV, Float[Array, "B Q"]]:  # fmt: skip
+    """Merges slots into others and packs the state into `slots`, in the old order.
 
     Where more slots are left than a head has room for, its oldest are dropped, but not the first `n_first`.
 
     Args:
         n: tokens that each slot stands for.
+        into: the packed row that each goes into; R for those that stay.
         rope: keys are averaged before this rotation, and rotated to their mean position; None: as they are.
+        most, reach: how many merge at most, and over how many rows, see `merge_rows`.
 
     Returns: the state and n.
     """
-    old, new = close(kv.mass > 0, groups.source, kv.slots, slots, n_first)
-    at = groups.led(new, n_rows=old.shape[1])
-    pos = jnp.round(groups.mean(kv.pos[..., None].astype(jnp.float32))[..., 0]).astype(jnp.int32)
-    keys, values = storage.read(kv.k), storage.read(kv.v)
-    mean = groups.mean(keys, rope and (rope, kv.pos))
-    keys = put(cache.take(keys, old), at, rotate(mean, pos, rope) if rope else mean)
-    values = put(cache.take(values, old), at, groups.mean(values))
-    pos, n, mass = (
-        put(cache.take(x, old), at, y) for x, y in ((kv.pos, pos), (n, groups.n), (kv.mass, groups.n))
-    )
+    old, _ = close((kv.mass > 0) & (into >= kv.mass.shape[1]), kv.slots, slots, n_first)
+    rows, turn, factor = (storage.read(kv.k), storage.read(kv.v)), None, 1.0
+    if rope is not None:
+        turn, factor = frequencies(rope, rows[0].shape[2])
+        turn = jnp.asarray(turn, jnp.float32)
+    form = MergeForm(kv.slots, most, reach, factor)
+    (keys, values), made, pos = merge_rows(rows, n, old, into, kv.pos, turn, form=form)
+    mass = jnp.where(made > cache.take(n, old), made, cache.take(kv.mass, old))
     when = pos.astype(jnp.float32)
     kv = kv.replace(
         k=storage.renew(kv.k, keys, mass, when, slots), v=storage.renew(kv.v, values, mass, when, slots),
         pos=pos, mass=mass, slots=tuple(slots),
     )  # fmt: skip
-    return kv.replace(fill=cache.count(kv)), n
-
-
-class Groups(NamedTuple):
-    """Which rows merge into which; several sources may have one destination, and the first of them leads."""
-
-    source: Array  # [B M] packed row, R = none
-    into: Array  # [B M] packed row of the destination, R = none
-    leader: Array  # [B M] the source that leads, as an index of M
-    n_source: Array  # [B M] tokens
-    n_into: Array  # [B M] tokens, before the merge
-    n: Array  # [B M] tokens after it, where the source leads
-
-    @classmethod
-    def of(cls, n: Packed, source: Int[Array, "B M"], into: Int[Array, "B M"]) -> "Groups":
-        """Finds who leads, and counts."""
-        (batch, rows), m = n.shape, source.shape[1]
-        row = jnp.arange(batch)[:, None]
-        first = jnp.full((batch, rows), m, jnp.int32).at[row, into].min(jnp.arange(m), mode="drop")
-        leader = jnp.where(into < rows, take(first, into), m)
-        n_source, n_into = jnp.where(source < rows, take(n, source), 0.0), take(n, into)
-        total = n_into + jnp.zeros((batch, m)).at[row, leader].add(n_source, mode="drop")
-        return cls(source, into, leader, n_source, n_into, total)
-
-    def mean(
-        self, x: Float[Array, "B R D"], rope: tuple[RopeConfig, Array] | None = None
-    ) -> Float[Array, "B M D"]:
-        """Returns the weighted mean of each group, where its leader stands, in float32.
-
-        rope: rotation and positions of the rows, to be undone.
-        """
-
-        def weighted(row: Array, weight: Array) -> Array:
-            y = take(x, row).astype(jnp.float32)
-            y = unrotate(y, take(rope[1], row), rope[0]) if rope else y
-            return jnp.where(weight[..., None] > 0, weight[..., None] * y, 0.0)
-
-        batch = jnp.arange(x.shape[0])[:, None]
-        sums = weighted(self.into, self.n_into)
-        sums = sums.at[batch, self.leader].add(weighted(self.source, self.n_source), mode="drop")
-        return sums / jnp.maximum(self.n, 1.0)[..., None]
-
-    def led(self, new: Int[Array, "B R"], n_rows: int) -> Int[Array, "B M"]:
-        """Returns the new row of the destination of each leader, and n_rows for sources that do not lead."""
-        return jnp.where(self.leader == jnp.arange(self.leader.shape[1]), take(new, self.into), n_rows)
+    return kv.replace(fill=cache.count(kv)), made
 
 
 def close(
-    alive: Bool[Array, "B R"],
-    leave: Int[Array, "B M"],
-    slots: Sequence[int],
-    goal: Sequence[int],
-    n_first: int = 0,
+    stays: Bool[Array, "B R"], slots: Sequence[int], goal: Sequence[int], n_first: int = 0
 ) -> tuple[Int[Array, "B Q"], Int[Array, "B R"]]:
-    """Closes the gaps that the rows `leave` make, in a state whose capacity becomes `goal`.
+    """Closes the gaps between the rows that stay, in a state whose capacity becomes `goal`.
 
     Returns for each new row the old one (-1 = empty), and for each old row the new one (Q = none).
     """
-    batch, n_new = jnp.arange(alive.shape[0])[:, None], sum(goal)
-    here = dense(alive.at[batch, leave].set(False, mode="drop"), slots, False)  # [B K S]
+    batch, n_new = jnp.arange(stays.shape[0])[:, None], sum(goal)
+    here = dense(stays, slots, False)  # [B K S]
     nth = jnp.cumsum(here, axis=-1)
     size, first = (np.asarray(x)[:, None] for x in (goal, cache.starts(goal)))
     over = jnp.maximum(nth[..., -1:] - size, 0)  # more than none, where slots could not merge
@@ -136,8 +90,3 @@ def take(x: Array, row: Int[Array, "B M"]) -> Array:
     """Returns rows of x; the last for those out of range."""
     at = jnp.minimum(row, x.shape[1] - 1)
     return jnp.take_along_axis(x, at.reshape(at.shape + (1,) * (x.ndim - 2)), axis=1)
-
-
-def put(x: Array, row: Int[Array, "B M"], y: Array) -> Array:
-    """Writes rows of x; none for those out of range."""
-    return x.at[jnp.arange(x.shape[0])[:, None], row].set(y.astype(x.dtype), mode="drop")

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from kvjax.models.config import RopeConfig
 
-__all__ = ["frequencies", "rotate", "unrotate"]
+__all__ = ["frequencies", "rotate", "rotate_rows"]
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -66,9 +67,9 @@ def rotate(x: Float[Array, "*rows D"], pos: Int[Array, "*rows"], rope: RopeConfi
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def unrotate(
-    x: Float[Array, "*rows D"], pos: Int[Array, "*rows"], rope: RopeConfig
-) -> Float[Array, "*rows D"]:
-    """Undoes `rotate`, up to the rounding of x's dtype."""
-    _, factor = frequencies(rope, x.shape[-1])
-    return (rotate(x.astype(jnp.float32), -pos, rope) / factor**2).astype(x.dtype)
+def rotate_rows(
+    x: Float[Array, "B R D"], pos: Int[Array, "B R"], rope: RopeConfig, *, back: bool = False
+) -> Float[Array, "B R D"]:
+    """Does as `rotate` for the rows of a whole state, or undoes it up to rounding, and stores no angles."""
+    inv, factor = frequencies(rope, x.shape[-1])
+    return pallas_kernels.rotate_rows(x, pos, jnp.asarray(inv, jnp.float32), factor=factor, back=back)

@@ -1,11 +1,11 @@
 """Reads the vectors of a cache, dense or quantised, and writes those of a quantised one.
 
-A dense store is an array [B R D], which `append_rows` writes. A quantised store holds integer codes for every slot and, in
-full precision, a ring of the most recently written slots, which override their codes when read
-(KIVI's recent window). Codes are asymmetric: value = zero + code·scale. Values are quantised per
-token, keys per channel over blocks of `block` slots; a block is quantised again when one of its
-slots is written, from the full-precision rows where the ring still has them, so a block that
-fills up in order ends exactly as if it had been quantised at once.
+A dense store is an array [B R D], which `append_rows` writes. A quantised store holds integer codes
+for every slot and, in full precision, a ring of the most recently written slots, which override their
+codes when read (KIVI's recent window). Codes are asymmetric: value = zero + code·scale. Values are
+quantised per token, keys per channel over blocks of `block` slots; a block is quantised again when
+one of its slots is written, from the full-precision rows where the ring still has them, so a block
+that fills up in order ends exactly as if it had been quantised at once.
 """
 
 from collections.abc import Sequence

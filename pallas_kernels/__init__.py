@@ -8,6 +8,9 @@ from pallas_kernels.bound_scores import bound_scores
 from pallas_kernels.chunked_similarity import chunked_similarity
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.fetch_rows import fetch_rows
+from pallas_kernels.mark_topk import mark_topk
+from pallas_kernels.merge_rows import MergeForm, merge_rows
+from pallas_kernels.rotate_rows import rotate_rows
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 from pallas_kernels.spvmm import spvmm
@@ -21,6 +24,7 @@ from pallas_kernels.vq_topk import vq_topk
 __all__ = [
     "AttentionForm",
     "Codes",
+    "MergeForm",
     "append_rows",
     "assign_lines",
     "block_bounds",
@@ -29,6 +33,9 @@ __all__ = [
     "decode_attention",
     "fetch_rows",
     "join",
+    "mark_topk",
+    "merge_rows",
+    "rotate_rows",
     "select_topk",
     "sparse_decode_attention",
     "spvmm",

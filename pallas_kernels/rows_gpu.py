@@ -14,7 +14,16 @@ from pallas_kernels.attention import Codes
 from pallas_kernels.backend import pl, triton
 from pallas_kernels.instructions import assemble
 
-__all__ = ["decode_rows", "lanes", "load_rows", "n_parts", "store_kind"]
+__all__ = [
+    "decode_rows",
+    "lanes",
+    "load_halves",
+    "load_rows",
+    "n_parts",
+    "store_halves",
+    "store_kind",
+    "turn",
+]
 
 
 def lanes(n: int) -> int:
@@ -129,3 +138,34 @@ def _decode(byte: jax.Array, bits: int, part: int, scale: jax.Array, zero: jax.A
         return plain(byte, scale, zero)
     options = {"dtype": scale.dtype, "constraints": "=&r,=&r,r,r,r,r,r", "pack": 4}
     return assemble(_DECODE % _PICK[bits, part], byte, scale, zero, plain=plain, **options)
+
+
+def _half(ref, batch, row, mask, start: int):
+    """Returns where half of the channels of some rows lie, those from `start` on, and which are any."""
+    half = ref.shape[2] // 2
+    d = jnp.arange(lanes(half))
+    return ref.at[batch, row[:, None], (start + d)[None, :]], mask[:, None] & (d < half)[None, :]
+
+
+def load_halves(ref, batch, row, mask):
+    """Loads the two halves of rows [X] of [B R D], as [X E] each."""
+    places = [_half(ref, batch, row, mask, start) for start in (0, ref.shape[2] // 2)]
+    return [triton.load(at, mask=inside, other=0) for at, inside in places]
+
+
+def store_halves(ref, batch, row, pair, mask):
+    """Stores the two halves of rows [X]."""
+    # Interpreted, what is masked is written back as it was, over what was written: not inside, then.
+    row = jnp.where(mask, row, ref.shape[1])
+    for start, x in zip((0, ref.shape[2] // 2), pair, strict=True):
+        at, inside = _half(ref, batch, row, mask, start)
+        triton.store(at, x.astype(ref.dtype), mask=inside)
+
+
+def turn(pair, pos, frequency_ref, back: bool):
+    """Rotates the halves of rows by their positions (rotary embedding), or back."""
+    d = jnp.arange(pair[0].shape[1])
+    frequency = triton.load(frequency_ref.at[d], mask=d < frequency_ref.shape[0], other=0)
+    angle = pos[:, None] * frequency[None, :]
+    cos, sin, (a, b) = jnp.cos(angle), jnp.sin(-angle if back else angle), pair
+    return [a * cos - b * sin, b * cos + a * sin]

@@ -31,7 +31,7 @@ from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
 from kvjax.calibrate.codebooks import Codebooks
 from kvjax.method import CacheMethod
-from kvjax.rope import rotate, unrotate
+from kvjax.rope import rotate, rotate_rows
 from kvjax.shapes import Leaf, Positions, Queries, Slots, Tokens
 from pallas_kernels import vq_assign, vq_topk
 from pallas_kernels.vq_topk import histogram, marked
@@ -178,7 +178,7 @@ class A2ATS(CacheMethod):
             codes = cache.take(kv.aux.codes, idx, -1)
             codes = jnp.where(codes < -1, marked(codes), codes)
         else:
-            keys = unrotate(storage.read(kv.k), kv.pos, kv.layer.rope)
+            keys = rotate_rows(storage.read(kv.k), kv.pos, kv.layer.rope, back=True)
             found = [_codes(_of(kv.aux, run), cache.view(keys, run)) for run in cache.runs(kv.slots)]
             codes = jnp.concatenate([x.reshape(x.shape[0], -1) for x in found], axis=1)
         parts = [self._indexed(kv, cache.view(codes, run), run) for run in cache.runs(kv.slots)]

@@ -40,8 +40,8 @@ def append_rows(
     Cost: writes B·K·T rows of each store, in one launch.
 
     Example:
-        >>> stores, rows = (jnp.zeros((1, 4)), jnp.zeros((1, 4), int)), (jnp.ones((1, 1, 2)), jnp.asarray([[[7, 8]]]))
-        >>> append_rows(stores, rows, jnp.asarray([[1]]), jnp.asarray([[1, 0]]), slots=(4,))[1]
+        >>> rows, order = jnp.asarray([[[7, 8]]]), jnp.asarray([[1, 0]])
+        >>> append_rows(jnp.zeros((1, 4), int), rows, jnp.asarray([[1]]), order, slots=(4,))
         Array([[0, 8, 7, 0]], dtype=int32)
     """
     batch, length = order.shape

@@ -40,7 +40,7 @@ def _write(*refs, n_stores: int, tile: int):
     refs: the stores, which are the outputs; rows [B K T ...] of each; fill [B K]; order [B T]; heads [K 2],
     first packed row and capacity; the outputs [B R ...].
     """
-    rows_refs, (fill_ref, order_ref, heads_ref) = refs[n_stores : 2 * n_stores], refs[2 * n_stores : -n_stores]
+    rows_refs, (fill_ref, order_ref, heads_ref) = refs[n_stores:][:n_stores], refs[2 * n_stores : -n_stores]
     batch, head = program_id(0), program_id(1)
     at = program_id(2) * tile + jnp.arange(tile)
     order = triton.load(order_ref.at[batch, at], mask=at < order_ref.shape[1], other=-1)

@@ -64,8 +64,6 @@ SPECS = (
     AppendSpec(2, 64, (96, 96)),
     AppendSpec(3, 80, (9, 33, 1), 1, "float32"),
     AppendSpec(1, 128, (200, 64, 40), 50, "float16"),  # more tokens than the last head holds
-    AppendSpec(1, 128, (32768,) * 8, uses=("bench",)),
-    AppendSpec(8, 128, (32768,) * 8, uses=("bench",)),
 )
 
 OP = Op(append_rows, SPECS, platforms=("gpu",))

@@ -1,0 +1,119 @@
+"""Ops on the rows of a cache against NumPy in float64: appended, marked, merged, rotated."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallas_kernels import MergeForm, append_rows, mark_topk, merge_rows, rotate_rows
+
+seeds = st.integers(0, 10**6)
+SLOTS, ROWS, D = (7, 12), 19, 8
+FREQUENCIES = 1e4 ** (-np.arange(0, D, 2) / D)
+mark, append = jax.jit(mark_topk), jax.jit(lambda *args: append_rows(*args, slots=SLOTS))
+
+
+def turned(x, pos, factor, back=False):
+    angle = np.asarray(pos)[..., None] * FREQUENCIES * (-1 if back else 1)
+    a, b = np.split(x, 2, axis=-1)
+    out = np.concatenate(
+        [a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], axis=-1
+    )
+    return out / factor if back else out * factor
+
+
+@given(seeds)
+def test_tokens_stand_where_they_are_said_to(seed):
+    rng = np.random.default_rng(seed)
+    store, new = rng.normal(size=(2, ROWS, D)), rng.normal(size=(2, 2, 4, D))
+    fill = rng.integers(0, 13, size=(2, 2))
+    valid = rng.random((2, 4)) < 0.7
+    order = np.where(valid, np.cumsum(valid, 1) - 1, -1)
+    wanted, first = np.float32(store).copy(), (0, SLOTS[0])
+    for b, h, t in np.ndindex(2, 2, 4):
+        slot = fill[b, h] + order[b, t]
+        if valid[b, t] and slot < SLOTS[h]:
+            wanted[b, first[h] + slot] = new[b, h, t]
+    out = append(jnp.float32(store), jnp.float32(new), jnp.asarray(fill), jnp.asarray(order))
+    np.testing.assert_array_equal(out, wanted)
+
+
+@given(seeds)
+def test_the_largest_are_marked_and_of_equals_the_first(seed):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(-3, 3, size=(3, 21)).astype(np.float32) * rng.choice([1.0, -0.0], size=(3, 21))
+    x[rng.random(x.shape) < 0.2] = -np.inf
+    k = rng.integers(-1, 25, size=3)
+    marks = np.asarray(mark(jnp.asarray(x), jnp.asarray(k)))
+    for row, n, found in zip(x, k, marks, strict=True):
+        best = sorted((i for i in range(21) if row[i] > -np.inf), key=lambda i: (-row[i], i))[: max(n, 0)]
+        assert sorted(best) == np.flatnonzero(found).tolist()
+
+
+def merged(x, n, old, into, pos, factor):
+    """Group by group, in float64."""
+    rows, ns, places = [], [], []
+    for row in old:
+        group = [row, *np.flatnonzero(into == row)] if row >= 0 else []
+        weights = n[group]
+        places.append(round(np.average(pos[group], weights=weights)) if group else 0)
+        plain = [turned(x[i], pos[i], factor, back=True) for i in group]
+        mean = (
+            turned(np.average(plain, axis=0, weights=weights), places[-1], factor) if group else np.zeros(D)
+        )
+        rows.append(x[row] if len(group) == 1 else mean)
+        ns.append(weights.sum())
+    return np.array(rows), np.array(ns), np.array(places)
+
+
+@pytest.mark.parametrize("reach", [None, 19])
+def test_merges_are_the_means_of_what_goes_into_a_row(reach):
+    rng = np.random.default_rng(0)
+    x, values = rng.normal(size=(2, 2, ROWS, D)).astype(np.float32)
+    n, pos = rng.integers(1, 5, size=(2, ROWS)).astype(np.float32), rng.integers(0, 400, size=(2, ROWS))
+    into = np.full((2, ROWS), ROWS)
+    into[0, [0, 2, 9, 10, 15]], into[1, [5, 3, 11, 17, 18]] = [3, 3, 12, 8, 12], [1, 6, 10, 10, 10]
+    stay = [np.flatnonzero(row == ROWS) for row in into]
+    old = np.array([np.pad(row, (0, 2), constant_values=-1) for row in stay])
+    values[1, 0] = np.nan  # stays, and is its own affair
+    out = merge_rows(
+        (jnp.asarray(x), jnp.asarray(values)), jnp.asarray(n), jnp.asarray(old), jnp.asarray(into),
+        jnp.asarray(pos), jnp.asarray(FREQUENCIES, jnp.float32),
+        form=MergeForm(SLOTS, most=5, reach=reach, factor=1.5),
+    )  # fmt: skip
+    for b in range(2):
+        keys, ns, places = merged(np.float64(x[b]), n[b], old[b], into[b], pos[b], 1.5)
+        np.testing.assert_allclose(out.rows[0][b], keys, atol=2e-6)
+        np.testing.assert_array_equal(out.n[b], ns)
+        np.testing.assert_array_equal(out.pos[b], places)
+        alone = ~np.isin(stay[b], into[b])
+        for made, given_ in zip(out.rows, (x, values), strict=True):
+            np.testing.assert_array_equal(np.asarray(made[b])[: len(alone)][alone], given_[b][stay[b][alone]])
+    assert np.isnan(out.rows[1]).sum() == D
+    assert out.n.sum() == n.sum()
+
+
+def test_rotations_are_the_formula_and_are_undone():
+    rng = np.random.default_rng(1)
+    x, pos = rng.normal(size=(2, 5, D)), rng.integers(0, 3000, size=(2, 5))
+    given_ = jnp.asarray(x, jnp.float32), jnp.asarray(pos), jnp.asarray(FREQUENCIES, jnp.float32)
+    out = rotate_rows(*given_, factor=1.5)
+    np.testing.assert_allclose(out, turned(x, pos, 1.5), atol=3e-4)
+    np.testing.assert_allclose(rotate_rows(out, *given_[1:], factor=1.5, back=True), x, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, n, at: append_rows(x, x[:, None, :1], at[:, :1], at[:, :1], slots=(3,)), "row per slot"),
+        (lambda x, n, at: append_rows(x, at[:, None, :1, None], at[:, :1], at[:, :1], slots=(4,)), "type"),
+        (lambda x, n, at: append_rows(x, x[:, None, :1], at, at[:, :1], slots=(4,)), "first free slot"),
+        (lambda x, n, at: merge_rows((x,), n, at, at, form=MergeForm((5,), 1)), "goes into one or stays"),
+        (lambda x, n, at: merge_rows((x,), n, at, at, None, n[0], form=MergeForm((4,), 1)), "positions"),
+    ],
+)  # fmt: skip
+def test_inputs_that_do_not_fit_raise(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(jnp.ones((1, 4, D)), jnp.ones((1, 4)), jnp.zeros((1, 4), jnp.int32))
