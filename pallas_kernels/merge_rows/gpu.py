@@ -20,6 +20,7 @@ __all__ = ["Settings", "run"]
 
 _LINKED, _AHEAD = 32, 256  # rows of a program that links, and how many it compares them with at a time
 _NEAR = 2048  # rows of a reach up to which that takes less than sorting
+_FEW = 4  # times as many new rows as merges from which on those that are means are listed
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,17 @@ def run(rows, n, old, into, pos, frequencies, *, form):
     width = sum(x.shape[2] * x.dtype.itemsize for x in rows)
     turned = "no" if frequencies is None else "yes"
     chosen = tuning.settings("merge_rows", Settings(), bytes=width, turned=turned)
+    # Where few new rows are means, these are listed; else programs go through all of them.
+    few = (
+        _where(_taken(first, old, n.shape[1]) < n.shape[1], form.most)
+        if _FEW * form.most < old.shape[1]
+        else None
+    )
+    n_tiles = pl.cdiv(old.shape[1] if few is None else few.shape[1], chosen.tile)
     found = gpu_call(
         functools.partial(_merge, tile=chosen.tile, factor=form.factor),
-        kept, rows, n, old, first, follows, pos, frequencies,
-        grid=(pl.cdiv(old.shape[1], chosen.tile), len(n)),
+        kept, rows, n, old, few, first, follows, pos, frequencies,
+        grid=(n_tiles, len(n)),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in kept],
         aliases={i: i for i in range(len(kept))}, warps=chosen.warps, name="merge_rows",
     )  # fmt: skip
@@ -89,10 +97,19 @@ def _sorted(into, slots):
     return first, none.at[b, jnp.where(alike, before, n_rows)].set(row, mode="drop")
 
 
-def _taken(x, old):
-    """Returns the rows that new ones continue, 0 for empty ones."""
+def _taken(x, old, empty=0):
+    """Returns the rows that new ones continue, `empty` for empty ones."""
     at = old.reshape(old.shape + (1,) * (x.ndim - 2))
-    return jnp.where(at >= 0, jnp.take_along_axis(x, jnp.maximum(at, 0), axis=1), jnp.zeros((), x.dtype))
+    rows = jnp.take_along_axis(x, jnp.maximum(at, 0), axis=1)
+    return jnp.where(at >= 0, rows, jnp.asarray(empty, x.dtype))
+
+
+def _where(flags, most: int):
+    """Returns the places [B most] of at most so many flags of each row, as many as there are for none."""
+    size, most = flags.shape[1], max(most, 1)
+    nth = jnp.where(flags, jnp.cumsum(flags, axis=1) - 1, most)
+    at = jnp.full((len(flags), most), size, jnp.int32)
+    return at.at[jnp.arange(len(flags))[:, None], nth].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
 
 
 def _link(
@@ -113,7 +130,8 @@ def _link(
         hit = (here[:, None] == there[None, :]) & (at[None, :] > row[:, None])
         return jnp.minimum(found, jnp.min(jnp.where(hit, at[None, :], n_rows), axis=1))
 
-    found = jax.lax.fori_loop(0, steps, step, jnp.full((_LINKED,), n_rows))
+    linked = jnp.max((here < n_rows).astype(jnp.int32))  # else no row of this tile goes anywhere
+    found = jax.lax.fori_loop(0, steps * linked, step, jnp.full((_LINKED,), n_rows))
     triton.store(follows_ref.at[batch, row], jnp.where(here < n_rows, found, n_rows), mask=row < n_rows)
 
 
@@ -122,6 +140,7 @@ def _merge(
     row_refs,  # of each array [B R D]
     n_ref,  # [B R]
     old_ref,  # [B Q]
+    few_ref,  # [B N] the new rows that are means, Q = none; or None
     first_ref,  # [B R] the first row that goes into each, R = none
     follows_ref,  # [B R]
     pos_ref,  # [B R], or None
@@ -133,6 +152,8 @@ def _merge(
     """Writes the means of one tile of new rows of one batch row."""
     batch, n_rows = program_id(1), n_ref.shape[1]
     new = program_id(0) * tile + jnp.arange(tile)
+    if few_ref is not None:
+        new = triton.load(few_ref.at[batch, new], mask=new < few_ref.shape[1], other=old_ref.shape[1])
     row = triton.load(old_ref.at[batch, new], mask=new < old_ref.shape[1], other=-1)
     then = triton.load(first_ref.at[batch, row], mask=row >= 0, other=n_rows)
     merged = then < n_rows

@@ -84,6 +84,7 @@ SPECS = (
     MergeSpec(2, 64, 90, 40, 60, "float32"),
     MergeSpec(1, 128, 300, 130, 150),  # fewer rows than are left
     MergeSpec(2, 80, 130, 64, 66, "float16", turned=False, reach=130),
+    MergeSpec(2, 128, 400, 30, 390, reach=300),  # few merge
     MergeSpec(1, 64, 601, 400, 250, "float32", turned=False),  # heads of two sizes
     MergeSpec(1, 128, 8 * 32768, 8 * 9600, 8 * 23168, turned=False, reach=256, uses=("bench", "tune")),
     MergeSpec(1, 128, 8 * 32768, 8 * 26200, 8 * 6553, uses=("bench", "tune")),
