@@ -95,6 +95,7 @@ CHESS: Mapping[str, Callable[[], str]] = {
     ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity", "", True),
+    "speed of one row": functools.partial(_chess_speed, "sparsity", " --cases llama-3.1-8b:1x1024"),
     "speed of batches": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True --samples 5"),
     "speed together": functools.partial(_chess_speed, "together", " --sparsities 0.5"),
 }

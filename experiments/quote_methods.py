@@ -58,12 +58,12 @@ def _chelsea_long() -> str:
     return "\n".join(lines) + below(stored, path)
 
 
-def _chelsea_speed(options: str) -> str:
+def _chelsea_speed(options: str, part: str = "decode") -> str:
     """Returns the decode steps: times, what the bytes allow, and the share of clustering.
 
-    options: what the command begins with.
+    options: what the command begins with. part: one that was run.
     """
-    stored, path = results.newest("chelsea", f" speed {options}", "chelsea_speed", part="decode")
+    stored, path = results.newest("chelsea", f" speed {options}", "chelsea_speed", part=part)
     lines = [
         "| rows x tokens | budgets | step, µs | of the limit | clustering | times as fast | bytes allow |",
         "|---|---|---|---|---|---|---|",
@@ -253,7 +253,8 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "recent": functools.partial(_chelsea_sweep, "--texts"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
     "long": _chelsea_long,
-    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b"),
+    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "cluster"),
+    "speed by length": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "line"),
     "speed of Qwen": functools.partial(_chelsea_speed, "--cases qwen2.5-1.5b"),
     "requests": _chelsea_requests,
 }

@@ -13,7 +13,9 @@ _FIGURES = (
     ("chelsea", "that of H2O with budgets refined like them", ".4f", "",
      _SHARE, "smollm2.h2o_refined.kl@0.2"),
     ("chelsea", "decode step, 1.5B shape, 64 rows of 32,768 tokens, a fifth kept", "x", "3.19x",
-     "speed --cases qwen2.5-1.5b:64x32768", "chelsea.decode_speedup_qwen_b64_32k"),
+     "speed --cases", "chelsea.decode_speedup_qwen_b64_32k"),
+    ("chelsea", "clustering a prompt of 32,768 tokens, of its prefill", ".1%", "2%",
+     "speed --cases", "chelsea.cluster_share_of_prefill"),
     ("chelsea", "a prompt of 32,768 tokens and 1,024 after it", "x", "2.72x",
      "speed --prompt-rows 2", "chelsea.end_to_end_speedup"),
     ("a2ats", "tokens a second, 131,072 of context on the host, all rows that fit", "x", "2.70x",
@@ -25,6 +27,7 @@ _FIGURES = (
      "speed --cases longchat-7b:1x32768", "leoam.speedup_over_fixed_longchat_b1_32k"),
     ("chess", "step of one row, half of the activations, beside the dense model", "x", "1.27x",
      "speed --pattern", "chess.decode_speedup_50"),
+    ("chess", "the same, 70% of them", "x", "1.50x", "speed --pattern", "chess.decode_speedup_70"),
 )  # fmt: skip
 _NAMES = {"chelsea": "Chelsea", "a2ats": "A²ATS", "leoam": "LeoAM", "chess": "CHESS"}
 
