@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.append_rows import reference
 from pallas_kernels.attention import starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.rows_gpu import lanes
@@ -19,7 +20,12 @@ _TILE = 16
 
 
 def run(stores, rows, fill, order, *, slots: tuple[int, ...]):
-    """Returns what `reference.run` returns."""
+    """Returns what `reference.run` returns; its derivatives are the reference's."""
+    return _run(stores, rows, fill, order, slots)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _run(stores, rows, fill, order, slots: tuple[int, ...]):
     flat, tree = jax.tree.flatten(stores)
     (batch, length), n_stores = order.shape, len(flat)
     tile = min(_TILE, pl.next_power_of_2(length))
@@ -32,6 +38,12 @@ def run(stores, rows, fill, order, *, slots: tuple[int, ...]):
         aliases={i: i for i in range(n_stores)}, name="append_rows",
     )  # fmt: skip
     return tree.unflatten(out)
+
+
+@_run.defjvp
+def _derivative(slots: tuple[int, ...], values, changes):
+    """A kernel that writes in place has no derivative."""
+    return jax.jvp(functools.partial(reference.run, slots=slots), values, changes)
 
 
 def _write(*refs, n_stores: int, tile: int):

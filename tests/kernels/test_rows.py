@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import MergeForm, append_rows, mark_topk, merge_rows, rotate_rows
+from pallas_kernels.backend import Target, aim
 
 seeds = st.integers(0, 10**6)
 SLOTS, ROWS, D = (7, 12), 19, 8
@@ -38,6 +39,24 @@ def test_tokens_stand_where_they_are_said_to(seed):
             wanted[b, first[h] + slot] = new[b, h, t]
     out = append(jnp.float32(store), jnp.float32(new), jnp.asarray(fill), jnp.asarray(order))
     np.testing.assert_array_equal(out, wanted)
+
+
+def test_tokens_that_the_kernel_writes_have_the_references_gradients():
+    rng = np.random.default_rng(0)
+    store, rows, weight = (
+        jnp.asarray(rng.normal(size=x), jnp.float32) for x in ((1, ROWS, D), (1, 2, 3, D), (ROWS, D))
+    )
+    stores, fill = (store, jnp.zeros((1, ROWS), jnp.int32)), jnp.asarray([[5, 0]])
+
+    def loss(store, row, impl):
+        given_ = ((store, stores[1]), (row, jnp.ones((1, 2, 3), jnp.int32)), fill, jnp.asarray([[0, 1, 2]]))
+        return (append_rows(*given_, slots=SLOTS, impl=impl)[0] ** 2 * weight).sum()
+
+    expected = jax.grad(loss, (0, 1))(store, rows, "reference")
+    with aim(Target("gpu", "interpreted", "forward")):
+        found = jax.grad(loss, (0, 1))(store, rows, "gpu")
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert np.abs(found[1]).max() > 0
 
 
 @given(seeds)
