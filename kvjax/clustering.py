@@ -32,6 +32,7 @@ from pallas_kernels.backend import debug_check
 __all__ = ["Clusters", "Matching", "begin", "finish", "matches", "merge", "plan", "reduce"]
 
 _MOST = 32  # passes
+_LONG = 4096  # slots of a head from which on a pass that looks at less is worth what it takes to compile
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ def reduce(
 
     clusters = begin(kv, n, how, jnp.asarray([how.newest(g) for g in goal], jnp.int32))
     held = kv.slots
-    if len(set(zip(kv.slots, goal, strict=True))) == 1:
+    if len(set(zip(kv.slots, goal, strict=True))) == 1 and kv.slots[0] >= _LONG:
         for i in range(last):  # each pass has less to look at
             left = tuple(max(plans[0][i], size) for size in slots)  # where a head is not full it has `slots`
             clusters, held = one(jnp.int32(i), clusters, held, left), left
-    elif last:  # a layer whose heads differ has a program of its own, which had better be compiled soon
+    elif last:  # where heads differ, each layer has a program of its own, which had better be compiled soon
         clusters = jax.lax.fori_loop(0, last, lambda i, clusters: one(i, clusters, held, held), clusters)
     # The last pass is outside the loop, so that XLA sees that nobody wants the keys that it would move.
     clusters = one(jnp.int32(last), clusters, held, held)

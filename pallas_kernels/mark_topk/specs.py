@@ -24,6 +24,11 @@ class MarkSpec(Spec):
     uses: tuple[str, ...] = ("test",)
 
     @property
+    def platforms(self) -> tuple[str, ...]:
+        """A TPU has the reference, of which small cases do."""
+        return ("gpu", "tpu") if self.slots < 2**14 else ("gpu",)
+
+    @property
     def name(self) -> str:
         """For example 64-s6553-top204-normal-float32."""
         return f"{self.rows}-s{self.slots}-top{self.k}-{self.kind}-{self.dtype}"

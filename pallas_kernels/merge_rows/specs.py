@@ -30,6 +30,11 @@ class MergeSpec(Spec):
     uses: tuple[str, ...] = ("test",)
 
     @property
+    def platforms(self) -> tuple[str, ...]:
+        """A TPU has the reference, of which small cases do."""
+        return ("gpu", "tpu") if "test" in self.uses else ("gpu",)
+
+    @property
     def name(self) -> str:
         """For example b1-d128-r4096-m1000-q3096-bfloat16-turned."""
         sizes = f"b{self.batch}-d{self.head_dim}-r{self.rows}-m{self.merges}-q{self.left}"

@@ -26,6 +26,11 @@ class RotateSpec(Spec):
     uses: tuple[str, ...] = ("test",)
 
     @property
+    def platforms(self) -> tuple[str, ...]:
+        """A TPU has the reference, of which small cases do."""
+        return ("gpu", "tpu") if "test" in self.uses else ("gpu",)
+
+    @property
     def name(self) -> str:
         """For example b1-r262144-d128-bfloat16-back."""
         return f"b{self.batch}-r{self.rows}-d{self.head_dim}-{self.dtype}{'-back' if self.back else ''}"

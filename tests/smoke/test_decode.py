@@ -30,7 +30,7 @@ def test_the_step_compiles_for_eight_chips(device, tmp_path, capsys):
     data = stored(tmp_path, "decode_aot")
     (row,) = data["rows"]
     assert row["alias_bytes"] >= row["state_bytes"] > 2 * 2 * 256 * 128 * 2
-    assert row["impl"] == {"decode_attention": "tpu"}
+    assert row["impl"] == {"decode_attention": "tpu", "append_rows": "reference"}
     assert data["claims"] == {"full.peak_bytes_b1_256": row["peak_bytes"]}
     assert data["device"].startswith("8 x TPU v")
     before = data["date"]
