@@ -41,7 +41,7 @@ def test_values_are_within_half_a_step(seed, bits, block):
             at = slice(start + first, start + first + group.shape[1])
             assert (error[:, at] <= span / (2**bits - 1) / 2 + 1e-5).all()
         start += size
-    assert 0 < error.max() < 3
+    assert error.max() > 0
 
 
 def test_the_recent_window_is_exact_and_the_rest_is_not():
