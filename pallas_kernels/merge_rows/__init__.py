@@ -72,6 +72,7 @@ def merge_rows(
     compared, or those of a head sorted, whichever is less.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x, n = jnp.asarray([[[1.0, 0.0], [3.0, 4.0], [9.0, 9.0]]]), jnp.asarray([[1.0, 3.0, 1.0]])
         >>> into = jnp.asarray([[1, 3, 3]])
         >>> merge_rows((x,), n, jnp.asarray([[1, 2]]), into, form=MergeForm((3,), 1)).rows[0][0].tolist()

@@ -36,6 +36,7 @@ def rotate_rows(
     float32, twice the bytes of bfloat16 rows.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> x, pos = jnp.asarray([[[1.0, 0.0]]]), jnp.asarray([[2]])
         >>> rotate_rows(x, pos, jnp.asarray([jnp.pi / 4])).round(3).tolist()
         [[[-0.0, 1.0]]]
