@@ -90,25 +90,25 @@ def _attend_newest(kv: KV, q: Float[Array, "B K G D"], pos: Positions, selection
     mass = kv.mass
     if kv.layer.window is not None:
         mass = jnp.where(kv.pos > pos - kv.layer.window, mass, 0.0)
-    length = jnp.where(pos >= 0, extent(kv), 0)
     if isinstance(kv.k, storage.Quantized):
-        return _attend_quantized(kv, q, mass, length, selection)
+        return _attend_quantized(kv, q, mass, pos, selection)
     keys = kv.k if kv.rotated else rotate_rows(kv.k, kv.pos, kv.layer.rope)
-    return _kernel(kv, q, (keys, kv.v), mass, length, selection, lse=False)
+    return _kernel(kv, q, (keys, kv.v), mass, pos, selection, lse=False)
 
 
 def _kernel(
-    kv: KV, q: Array, rows: tuple, mass: Array, length: Array, selection: Selection | None, lse: bool
+    kv: KV, q: Array, rows: tuple, mass: Array, pos: Positions, selection: Selection | None, lse: bool
 ):
     """Calls the decode kernel, dense or sparse."""
-    form = AttentionForm(kv.slots, kv.layer.scale, kv.layer.softcap, lse)
-    if selection is None:
-        return decode_attention(q, *rows, mass, length, form=form)
-    idx = jnp.where(length[..., None] > 0, selection.idx, -1)
+    form = AttentionForm(kv.slots, kv.layer.scale, kv.layer.softcap, lse, holes=selection is None)
+    if selection is None:  # a window has emptied slots, so that the last one's mass says nothing
+        length = kv.fill if kv.layer.window is None else extent(kv)
+        return decode_attention(q, *rows, mass, length, pos[:, 0], form=form)
+    idx = jnp.where(pos[..., None] >= 0, selection.idx, -1)
     return sparse_decode_attention(q, *rows, mass, idx, form=form, block=selection.block)
 
 
-def _attend_quantized(kv: KV, q: Array, mass: Array, length: Array, selection: Selection | None) -> Array:
+def _attend_quantized(kv: KV, q: Array, mass: Array, pos: Positions, selection: Selection | None) -> Array:
     """Attends over the codes and over the rings of recent rows, which override theirs, and joins the two."""
     slot = kv.k.slot  # [B K W], the same for keys and values: they are written together
     recent = (store.recent.reshape(q.shape[0], -1, q.shape[-1]) for store in (kv.k, kv.v))
@@ -118,9 +118,9 @@ def _attend_quantized(kv: KV, q: Array, mass: Array, length: Array, selection: S
         block = (slot - starts(kv.slots)[None, :, None]) // selection.block
         chosen = (block[..., None] == selection.idx[:, :, None]) & (selection.idx[:, :, None] >= 0)
         ring_mass = jnp.where(chosen.any(-1), ring_mass, 0.0)
-    ring_mass = jnp.where(length[..., None] > 0, ring_mass, 0.0).reshape(q.shape[0], -1)
+    ring_mass = jnp.where(pos[..., None] >= 0, ring_mass, 0.0).reshape(q.shape[0], -1)
     codes = _kernel(
-        kv, q, (kv.k.as_codes(), kv.v.as_codes()), mass.at[batch, slot].set(0.0, mode="drop"), length,
+        kv, q, (kv.k.as_codes(), kv.v.as_codes()), mass.at[batch, slot].set(0.0, mode="drop"), pos,
         selection, lse=True,
     )  # fmt: skip
     form = AttentionForm((slot.shape[2],) * slot.shape[1], kv.layer.scale, kv.layer.softcap, lse=True)

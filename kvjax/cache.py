@@ -20,7 +20,7 @@ from kvjax import storage, tiers
 from kvjax.models.config import ModelConfig, RopeConfig
 from kvjax.rope import rotate
 from kvjax.shapes import Leaf, Packed, Positions, Slots, Tokens
-from pallas_kernels import append_rows, select_topk
+from pallas_kernels import append_rows, attention, select_topk
 from pallas_kernels.backend import debug_check
 
 __all__ = [
@@ -179,11 +179,8 @@ def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
     if dense:
         rows |= {"k": k.astype(kv.k.dtype), "v": v.astype(kv.v.dtype)}
     stores = {name: getattr(kv, name) for name in rows}
-    taken = valid.sum(1, dtype=jnp.int32)
-    fill = jnp.minimum(kv.fill + taken[:, None], jnp.asarray(kv.slots, jnp.int32))
-    kv = kv.replace(
-        **append_rows(stores, rows, kv.fill, order, slots=kv.slots), fill=fill, seen=kv.seen + taken
-    )
+    stores, fill, seen = append_rows(stores, rows, kv.fill, kv.seen, order, slots=kv.slots)
+    kv = kv.replace(**stores, fill=fill, seen=seen)
     if kv.tier is not None:
         kv = kv.replace(tier=tiers.stage(kv.tier, jnp.where(written, slot, -1), k, v))
     elif not dense:
@@ -245,8 +242,7 @@ def extent(kv: KV) -> Int[Array, "B K"]:
 
     Occupied slots lie below `fill`, except in a full head with a hole, whose last slot is occupied.
     """
-    last = starts(kv.slots) + np.asarray(kv.slots, np.int32) - 1
-    return jnp.where(kv.mass[:, last] > 0, jnp.asarray(kv.slots, jnp.int32), kv.fill)
+    return attention.extent(kv.mass, kv.fill, kv.slots)
 
 
 def newest(kv: KV) -> Int[Array, "B K"]:

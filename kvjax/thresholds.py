@@ -2,7 +2,7 @@
 
 An activation x_i of a site becomes 0 where |x_i|·w_i is below the site's level; what weighs it, w, is 1 or a
 figure of the channel. Rows of weights that meet nothing but zeros are not read in decode steps (`spvmm` and
-`vmmsp`); in prompts the zeros are there for the sake of quality, and everything is read.
+`gate_up`); in prompts the zeros are there for the sake of quality, and everything is read.
 
 Thresholds lie beside the parameters, in the collection "thresholds" of the model's variables, under the name
 of their site.
@@ -77,6 +77,11 @@ class Threshold:
     weight: Float[Array, " C"] | None = None
     temperature: Float[Array, ""] | None = None
     group: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether each activation alone is compared, as it is, with the level, and hard."""
+        return self.weight is None and self.temperature is None and self.group == 1
 
     def scores(self, x: Shaped[Array, "... C"]) -> Float[Array, "... N"]:
         """Returns what is compared with the level, of each channel or group of them."""
@@ -160,8 +165,8 @@ class Thresholds:
     def apply(self, model: Model) -> Model:
         """Returns the model with these thresholds, which any loop with any cache method then keeps to.
 
-        Where the gate is sparse, the up-projections lie the other way, [F M], so that their rows can be left
-        out: they are copied, and the rest is shared with the given model.
+        Where the gate is sparse, the projections of gate and up lie the other way, [F M], so that rows of up
+        can be left out: they are copied, and the rest is shared with the given model.
 
         Raises:
             ValueError: for another model, one that has thresholds, or one spread over devices.
@@ -213,10 +218,12 @@ def collection(layers: Sequence[Mapping[Site, Threshold]]) -> dict:
 
 
 def _turned(layer: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a layer's parameters with the up-projection as [F M]."""
-    up = dict(layer["ffn"]["up"])
-    up["kernel_t"] = jax.jit(jnp.transpose)(up.pop("kernel"))
-    return {**layer, "ffn": {**layer["ffn"], "up": up}}
+    """Returns a layer's parameters with the projections of gate and up as [F M]."""
+    ffn = dict(layer["ffn"])
+    for name in ("gate", "up"):
+        ffn[name] = dict(ffn[name])
+        ffn[name]["kernel_t"] = jax.jit(jnp.transpose)(ffn[name].pop("kernel"))
+    return {**layer, "ffn": ffn}
 
 
 def load(folder: Path | str, model: Model) -> Thresholds:

@@ -1,5 +1,6 @@
 """Kernels for attention over compressed caches, for GPU and TPU, each with a plain reference."""
 
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.append_rows import append_rows
 from pallas_kernels.assign_lines import assign_lines
 from pallas_kernels.attention import AttentionForm, Codes, join
@@ -8,6 +9,7 @@ from pallas_kernels.bound_scores import bound_scores
 from pallas_kernels.chunked_similarity import chunked_similarity
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.fetch_rows import fetch_rows
+from pallas_kernels.gate_up import gate_up
 from pallas_kernels.mark_topk import mark_topk
 from pallas_kernels.merge_rows import MergeForm, merge_rows
 from pallas_kernels.rotate_rows import rotate_rows
@@ -25,6 +27,7 @@ __all__ = [
     "AttentionForm",
     "Codes",
     "MergeForm",
+    "add_norm",
     "append_rows",
     "assign_lines",
     "block_bounds",
@@ -32,6 +35,7 @@ __all__ = [
     "chunked_similarity",
     "decode_attention",
     "fetch_rows",
+    "gate_up",
     "join",
     "mark_topk",
     "merge_rows",

@@ -18,8 +18,10 @@ __all__ = [
     "check_attention",
     "code_blocks",
     "decode_codes",
+    "extent",
     "join",
     "quantize",
+    "read_length",
     "starts",
 ]
 
@@ -30,13 +32,15 @@ class AttentionForm:
 
     slots: capacity of each KV head; the heads lie one after the other on the packed axis R.
     scale: factor of q·k, None for 1/√D. softcap: c in c·tanh(logit/c), or None. lse: also return
-    the natural log-sum-exp of the logits.
+    the natural log-sum-exp of the logits. holes: a head whose last slot has mass is read in full, since its
+    length is where a hole is.
     """
 
     slots: tuple[int, ...]
     scale: float | None = None
     softcap: float | None = None
     lse: bool = False
+    holes: bool = False
 
     def factor(self, head_dim: int) -> float:
         """Returns the factor of q·k."""
@@ -74,6 +78,18 @@ def decode_codes(store: Any, slots: tuple[int, ...]) -> Array:
         x if store.block is None else x[:, code_blocks(slots, store.block)] for x in (store.scale, store.zero)
     )
     return codes.astype(jnp.float32) * scale.astype(jnp.float32) + zero.astype(jnp.float32)
+
+
+def extent(mass: Array, length: Array, slots: tuple[int, ...]) -> Array:
+    """Returns how many slots of each head may have mass, [B K], by the rule of forms with `holes`."""
+    last = starts(slots)[1:] - 1
+    return jnp.where(mass[:, last] > 0, jnp.asarray(slots, length.dtype), length)
+
+
+def read_length(mass: Array, length: Array, pos: Array | None, form: AttentionForm) -> Array:
+    """Returns how many slots of each head are read, [B K]: none of a row that is padding."""
+    length = extent(mass, length, form.slots) if form.holes else length
+    return length if pos is None else jnp.where(pos[:, None] >= 0, length, 0)
 
 
 def join(parts: Sequence[tuple[Array, Array]]) -> Array:

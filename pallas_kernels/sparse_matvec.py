@@ -10,7 +10,17 @@ from jaxtyping import Array
 from pallas_kernels import tolerance
 from pallas_kernels.op import Spec
 
-__all__ = ["CASES", "MAX_BATCH", "MatvecSpec", "block_order", "check_weights", "refuse", "settings_key"]
+__all__ = [
+    "CASES",
+    "MAX_BATCH",
+    "MatvecSpec",
+    "block_order",
+    "check_scale",
+    "check_weights",
+    "cut",
+    "refuse",
+    "settings_key",
+]
 
 MAX_BATCH = 8
 
@@ -25,6 +35,13 @@ def check_weights(x: Array, active: Array, w: Array, scale: Array | None, n_outp
             f"weights have a row per sparse channel, {active.shape[1]}, got {w.shape=}: "
             f"they lie as [F M], the sparse axis first"
         )
+    check_scale(w, scale, n_outputs)
+    if x.dtype != active.dtype:
+        raise ValueError(f"inputs are of one type, got {x.dtype} and {active.dtype}: convert one of them")
+
+
+def check_scale(w: Array, scale: Array | None, n_outputs: int) -> None:
+    """Raises where weights are neither floats nor int8, or have no scales as theirs are."""
     if not (jnp.issubdtype(w.dtype, jnp.floating) or w.dtype == jnp.int8):
         raise TypeError(f"weights are floats or int8, got {w.dtype=}")
     if (w.dtype == jnp.int8) != (scale is not None):
@@ -34,8 +51,11 @@ def check_weights(x: Array, active: Array, w: Array, scale: Array | None, n_outp
         )
     if scale is not None and scale.shape != (n_outputs,):
         raise ValueError(f"there is one scale per output channel, {(n_outputs,)}, got {scale.shape=}")
-    if x.dtype != active.dtype:
-        raise ValueError(f"inputs are of one type, got {x.dtype} and {active.dtype}: convert one of them")
+
+
+def cut(x: Array, level: Array | None) -> Array:
+    """Returns x with 0 for what is below a level; NaN stays."""
+    return x if level is None else jnp.where(jnp.abs(x.astype(jnp.float32)) < level, 0, x)
 
 
 def refuse(x: Array, w: Array, types: tuple[str, ...]) -> None:
@@ -79,7 +99,8 @@ def block_order(active: Array, rows: int) -> tuple[Array, Array]:
 class MatvecSpec(Spec):
     """Sizes in the alphabet. zeros: exact share of each batch row, at places of its own.
 
-    quantized: int8 weights. gated: the case is one of `vmmsp`, else of `spvmm`.
+    quantized: int8 weights. gated: the case is one of `vmmsp`, else of `spvmm`. cut: zeros are small numbers
+    below a level.
     """
 
     batch: int
@@ -90,12 +111,14 @@ class MatvecSpec(Spec):
     quantized: bool = False
     uses: tuple[str, ...] = ("test",)
     gated: bool = field(default=False, kw_only=True)
+    cut: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
         """For example b1-f14336-m4096-z50-bfloat16."""
         kind = f"int8-{self.dtype}" if self.quantized else self.dtype
-        return f"b{self.batch}-f{self.rows}-m{self.width}-z{100 * self.zeros:.0f}-{kind}"
+        below = "-cut" if self.cut else ""
+        return f"b{self.batch}-f{self.rows}-m{self.width}-z{100 * self.zeros:.0f}-{kind}{below}"
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs; rows of weights that no batch row needs are NaN."""
@@ -103,8 +126,13 @@ class MatvecSpec(Spec):
         shape = (self.batch, self.rows)
         rank = jnp.argsort(jnp.argsort(jax.random.uniform(keys[0], shape), axis=1), axis=1)
         alive = rank >= round(self.zeros * self.rows)
-        sparse = jnp.where(alive, jax.random.normal(keys[1], shape), 0.0).astype(self.dtype)
-        made = {"gate" if self.gated else "x": sparse}
+        values = jax.random.normal(keys[1], shape)
+        sparse = jnp.where(alive, values, 0.0)
+        made = {}
+        if self.cut:
+            sparse = jnp.where(alive, values + jnp.sign(values), jnp.tanh(values) / 2)
+            made["level"] = jnp.float32(0.75)
+        made["gate" if self.gated else "x"] = sparse.astype(self.dtype)
         if self.gated:
             made["x"] = jax.random.normal(keys[2], (self.batch, self.width), self.dtype)
         weights = "w_t" if self.gated else "w"

@@ -6,7 +6,7 @@ cache methods and never asks which method it is.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -22,7 +22,9 @@ from kvjax.models.config import ModelConfig
 from kvjax.prefill_attention import precision
 from kvjax.shapes import Positions, Queries, Tokens
 from kvjax.sharding import Mesh, over_heads
+from pallas_kernels.add_norm import add_norm
 from pallas_kernels.backend import target
+from pallas_kernels.gate_up import gate_up
 from pallas_kernels.sparse_matvec import MAX_BATCH
 from pallas_kernels.spvmm import spvmm
 from pallas_kernels.vmmsp import vmmsp
@@ -48,17 +50,44 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Returns x normalised over its last axis."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype)
+        return _normed(x, _scale(self, x), self.eps)
+
+
+class AddNorm(nn.Module):
+    """Adds to the residual stream, and norms the sum as `Norm` does.
+
+    mesh: None where rows lie on one device: then a step is one kernel.
+    """
+
+    eps: float
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, y: Array | None) -> tuple[Array, Array]:
+        """Returns x [B T M] with y added, if there is one, and the norm of that."""
+        scale = _scale(self, x)
+        if y is not None and x.shape[1] == 1 and self.mesh is None:
+            x, norm = add_norm(x[:, 0], y[:, 0], scale, eps=self.eps)
+            return x[:, None], norm[:, None]
+        x = x if y is None else x + y
+        return x, _normed(x, scale, self.eps)
+
+
+def _scale(module: nn.Module, x: Array) -> Array:
+    return module.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+
+
+def _normed(x: Array, scale: Array, eps: float) -> Array:
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale).astype(x.dtype)
 
 
 class Linear(nn.Module):
     """Multiplies by a kernel [in, out] stored in the type of the model, or as int8 with a scale per output.
 
-    With a threshold "in", what lies below it is left out of x. A kernel whose product a sparse gate
-    multiplies may lie the other way, as `kernel_t` [out, in].
+    With a threshold "in", what lies below it is left out of x. A kernel of which outputs are left out may
+    lie the other way, as `kernel_t` [out, in].
     """
 
     features: int
@@ -71,17 +100,22 @@ class Linear(nn.Module):
         sparse: x is mostly 0. gate: is mostly 0.
         """
         self.sow("activations", "in", x)
+        level = None
         if (threshold := self.get_variable("thresholds", "in")) is not None:
-            x, sparse = threshold(x), True
+            sparse = True
+            if _is_step(x) and threshold.plain:
+                level = threshold.level  # which the kernel compares with
+            else:
+                x = threshold(x)
         normal, scale = nn.initializers.lecun_normal(), None
         if self.has_variable("params", "kernel_scale"):
             scale = self.param("kernel_scale", nn.initializers.ones, (1, self.features), jnp.float32)[0]
         if self.has_variable("params", "kernel_t"):
             kernel = self.param("kernel_t", normal, (self.features, x.shape[-1]), x.dtype)
-            return _gated(x, gate, kernel, scale)
+            return _turned(x, gate, kernel, scale)
         kernel = self.param("kernel", normal, (x.shape[-1], self.features), x.dtype)
         if (sparse or scale is not None) and _is_step(x):
-            y = spvmm(x[:, 0], kernel, scale=scale)[:, None]
+            y = spvmm(x[:, 0], kernel, level, scale=scale)[:, None]
         else:
             y = _scaled(_product(x, kernel.astype(x.dtype)), scale)
         if self.bias:
@@ -95,12 +129,13 @@ def _is_step(x: Array) -> bool:
     return x.shape[1] == 1 and x.shape[0] <= MAX_BATCH and target().platform != "cpu"
 
 
-def _gated(x: Array, gate: Array, kernel: Array, scale: Array | None) -> Array:
-    """Returns gate·(x W)."""
-    if _is_step(x):
+def _turned(x: Array, gate: Array | None, kernel: Array, scale: Array | None) -> Array:
+    """Returns x W, times the gate if there is one, of W that lies as [out, in]."""
+    if gate is not None and _is_step(x):
         return vmmsp(x[:, 0], gate[:, 0], kernel, scale=scale)[:, None]
     kernel = kernel.astype(x.dtype)
-    return gate * _scaled(jnp.einsum("btm,fm->btf", x, kernel, precision=precision(x.dtype)), scale)
+    y = _scaled(jnp.einsum("btm,fm->btf", x, kernel, precision=precision(x.dtype)), scale)
+    return y if gate is None else gate * y
 
 
 def _scaled(y: Array, scale: Array | None) -> Array:
@@ -171,32 +206,52 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         """Returns the block's output."""
-        gate = Linear(self.config.ffn_width, name="gate")(x)
-        gate = nn.silu(gate) if self.config.act == "silu" else nn.gelu(gate, approximate=True)
-        self.sow("activations", "act", gate)
-        up, down = Linear(self.config.ffn_width, name="up"), Linear(self.config.width, name="down")
-        if (threshold := self.get_variable("thresholds", "act")) is None:
-            return down(gate * up(x))
-        return down(up(x, gate=threshold(gate)), sparse=True)
+        c = self.config
+        gate, up = Linear(c.ffn_width, name="gate"), Linear(c.ffn_width, name="up")
+        down = Linear(c.width, name="down")
+        threshold = self.get_variable("thresholds", "act")
+        watched = self.is_mutable_collection("activations")  # which one kernel for gate and up does not show
+        if threshold is not None and threshold.group == 1 and _is_step(x) and not watched:
+            return down(_gate_up(self.variables["params"], x, threshold, c.act), sparse=True)
+        act = gate(x)
+        act = nn.silu(act) if c.act == "silu" else nn.gelu(act, approximate=True)
+        self.sow("activations", "act", act)
+        if threshold is None:
+            return down(act * up(x))
+        return down(up(x, gate=threshold(act)), sparse=True)
+
+
+def _gate_up(params: Mapping[str, Any], x: Array, threshold: Any, act: str) -> Array:
+    """Returns the gate, without what is below its threshold, times up."""
+    gate, up = params["gate"], params["up"]
+    scales = (gate["kernel_scale"][0], up["kernel_scale"][0]) if "kernel_scale" in gate else None
+    out = gate_up(
+        x[:, 0], gate["kernel_t"], up["kernel_t"], threshold.level, threshold.weight, scales=scales, act=act
+    )
+    return out[:, None]
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each with a residual."""
+    """One layer: attention and feed-forward, each with a residual.
+
+    What is added last is left to the next norm, which adds and norms at once.
+    """
 
     config: ModelConfig
     mesh: Mesh | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T M"], pos: Positions, kv: KV, method: CacheMethod, compress: bool
-    ) -> tuple[Array, KV, Record]:
-        """Returns the layer's output, its new state, and what it attended with."""
+        self, x: Array, y: Array | None, pos: Positions, kv: KV, method: CacheMethod, compress: bool
+    ) -> tuple[Array, Array, KV, Record]:
+        """Returns the residual stream x and y, to be added to it; the new state; what it attended with."""
         c = self.config
-        y = Norm(c.norm_eps, name="attn_norm")(x)
-        y, kv, record = Attention(c, self.mesh, name="attn")(y, pos, kv, method, compress)
-        x = x + (Norm(c.norm_eps, name="post_attn_norm")(y) if c.post_norms else y)
-        y = FeedForward(c, name="ffn")(Norm(c.norm_eps, name="ffn_norm")(x))
-        return x + (Norm(c.norm_eps, name="post_ffn_norm")(y) if c.post_norms else y), kv, record
+        x, h = AddNorm(c.norm_eps, self.mesh, name="attn_norm")(x, y)
+        y, kv, record = Attention(c, self.mesh, name="attn")(h, pos, kv, method, compress)
+        y = Norm(c.norm_eps, name="post_attn_norm")(y) if c.post_norms else y
+        x, h = AddNorm(c.norm_eps, self.mesh, name="ffn_norm")(x, y)
+        y = FeedForward(c, name="ffn")(h)
+        return x, Norm(c.norm_eps, name="post_ffn_norm")(y) if c.post_norms else y, kv, record
 
 
 class Ask(nn.Module):
@@ -253,14 +308,16 @@ class Decoder(nn.Module):
         c = self.config
         table = Embed(c.vocab_size, c.width, self.dtype, name="embed")()
         x = table[jnp.maximum(ids, 0)] * jnp.asarray(c.embed_scale, self.dtype)
-        new_state, records = [], []
+        y, new_state, records = None, [], []
         for i in range(c.n_layers):
             if i + 1 < c.n_layers and x.shape[1] == 1 and disk.reads_ahead(state[i + 1]):
-                x = self._foresee(i + 1, x, pos, state[i + 1], methods[i + 1])
-            x, kv, record = Block(c, self.mesh, name=f"layer_{i}")(x, pos, state[i], methods[i], compress)
+                x += self._foresee(i + 1, x if y is None else x + y, pos, state[i + 1], methods[i + 1])
+            block = Block(c, self.mesh, name=f"layer_{i}")
+            x, y, kv, record = block(x, y, pos, state[i], methods[i], compress)
             new_state.append(kv)
             records.append(record)
-        x = Norm(c.norm_eps, name="final_norm")(x[:, -1:] if last_only else x)
+        x, y = (x[:, -1:], y[:, -1:]) if last_only else (x, y)
+        _, x = AddNorm(c.norm_eps, self.mesh, name="final_norm")(x, y)
         logits = _unembed(x, table) if c.tied_embeddings else Linear(c.vocab_size, name="head")(x)
         logits = logits.astype(jnp.float32)
         if c.final_softcap is not None:
@@ -270,13 +327,13 @@ class Decoder(nn.Module):
     def _foresee(self, index: int, x: Array, pos: Positions, kv: KV, method: CacheMethod) -> Array:
         """Has read what the next layer may ask its disk for: what it selects given this layer's input, x.
 
-        Returns: x, for what follows.
+        Returns: a 0 that no compiler knows, for what follows to wait for.
         """
         layer = {kind: tree.get(f"layer_{index}", {}) for kind, tree in self.variables.items()}
         q = Foresight(self.config, parent=None).apply(layer, x)
         selection = method.select(kv, q, pos)
         idx = None if selection is None else jnp.where((pos >= 0)[..., None], selection.idx, -1)
-        return x + tiers.expect(kv.tier, idx, kv.slots).astype(x.dtype)  # 0, which no compiler knows
+        return tiers.expect(kv.tier, idx, kv.slots).astype(x.dtype)
 
 
 class Embed(nn.Module):

@@ -43,6 +43,7 @@ class AppendSpec(Spec):
             "stores": both(keys[:3], (self.batch, n_rows)),
             "rows": both(keys[3:6], (*heads, self.tokens)),
             "fill": jax.random.randint(keys[7], heads, 0, jnp.asarray(self.slots) + 1),
+            "seen": jax.random.randint(keys[7], (self.batch,), 0, 1000),
             "order": jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1),
         }
 

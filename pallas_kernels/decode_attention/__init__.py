@@ -18,6 +18,7 @@ def decode_attention(
     v: Any,
     mass: Float[Array, "B R"],
     length: Int[Array, "B K"] | None = None,
+    pos: Int[Array, " B"] | None = None,
     *,
     form: AttentionForm,
     impl: str | None = None,
@@ -32,7 +33,8 @@ def decode_attention(
         k, v: rows [B R D] of q's type, or `Codes` of them, which a GPU decodes to float16 (beyond
             65,504 they overflow) unless q is float32. R = Σ form.slots.
         mass: tokens that each slot stands for.
-        length: slots of each head that may count; None for all.
+        length: slots of each head that may count; None for all. With form.holes see `AttentionForm`.
+        pos: of each row's query; a negative one is padding, and reads nothing. None for no padding.
         form: capacities of the heads, scale, soft cap, and whether to return the log-sum-exp.
         impl: None, "reference", "gpu" or "tpu", see `dispatch`.
 
@@ -59,7 +61,10 @@ def decode_attention(
     check_attention(q, k, v, mass, form)
     if length is None:
         length = jnp.broadcast_to(jnp.asarray(form.slots, jnp.int32), q.shape[:2])
-    if length.shape != q.shape[:2]:
-        raise ValueError(f"there is one length per row and KV head, got {length.shape=} for {q.shape=}")
+    if length.shape != q.shape[:2] or (pos is not None and pos.shape != q.shape[:1]):
+        raise ValueError(
+            f"there is one length per row and KV head, and one position per row, got {length.shape=} and "
+            f"{None if pos is None else pos.shape} for {q.shape=}"
+        )
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
-    return dispatch.run("decode_attention", impl, impls, q, k, v, mass, length, form=form)
+    return dispatch.run("decode_attention", impl, impls, q, k, v, mass, length, pos, form=form)

@@ -30,7 +30,7 @@ class Settings:
     stages: int = 3
 
 
-def run(q, k, v, mass, length, *, form: AttentionForm):
+def run(q, k, v, mass, length, pos, *, form: AttentionForm):
     """Returns what `reference.run` returns.
 
     Raises:
@@ -53,7 +53,7 @@ def run(q, k, v, mass, length, *, form: AttentionForm):
     items = _items(form.slots, split, unit)
     parts = gpu_call(
         functools.partial(_split, form=form, block=block, unit=unit, factor=form.factor(size)),
-        jnp.asarray(items), length, shared.part_queries(q, k), k, v, mass,
+        jnp.asarray(items), length, pos, shared.part_queries(q, k), k, v, mass,
         grid=(batch, len(items)),
         out_shape=shared.part_shapes(q, v, len(items)),
         warps=chosen.warps, stages=chosen.stages, name="decode_attention",
@@ -81,12 +81,12 @@ def _unit(*stores: Any) -> int:
 
 
 def _items(slots: tuple[int, ...], split: int, unit: int) -> np.ndarray:
-    """Returns the work [I 5]: head, first slot, its packed row, its block of scales, slots."""
+    """Returns the work [I 6]: head, first slot, its packed row, its block of scales, slots; the last row."""
     first, first_block = starts(slots), starts(tuple(-(-size // unit) for size in slots))
     return np.array(
         [
-            (head, at, first[head] + at, first_block[head] + at // unit, min(split, size - at))
-            for head, size in enumerate(slots)
+            (head, at, first[head] + at, first_block[head] + at // unit, min(split, size - at), last)
+            for head, (size, last) in enumerate(zip(slots, first[1:] - 1, strict=True))
             for at in range(0, size, split)
         ],
         np.int32,
@@ -94,8 +94,9 @@ def _items(slots: tuple[int, ...], split: int, unit: int) -> np.ndarray:
 
 
 def _split(
-    items_ref,  # [I 5] head, first slot, its row, its block of scales, slots
+    items_ref,  # [I 6] head, first slot, its row, its block of scales, slots, the head's last row
     length_ref,  # [B K]
+    pos_ref,  # [B], or None
     q_ref,  # [B K G E parts]
     k_ref,  # [B R E], or codes
     v_ref,  # [B R E], or codes
@@ -113,7 +114,12 @@ def _split(
     batch, item = program_id(0), program_id(1)
     head, first, row, code_block = (items_ref[item, i] for i in range(4))
     q = shared.load_queries(q_ref, batch, head)
-    n = jnp.clip(length_ref[batch, head] - first, 0, items_ref[item, 4])
+    length = length_ref[batch, head]
+    if form.holes:
+        length = jnp.where(mass_ref[batch, items_ref[item, 5]] > 0, mass_ref.shape[1], length)
+    if pos_ref is not None:
+        length = jnp.where(pos_ref[batch] >= 0, length, 0)
+    n = jnp.clip(length - first, 0, items_ref[item, 4])
 
     def load(i):
         at = i * block + jnp.arange(block)

@@ -5,14 +5,15 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import AttentionForm, decode_codes, starts
+from pallas_kernels.attention import AttentionForm, decode_codes, read_length, starts
 
 __all__ = ["run"]
 
 
-def run(q, k, v, mass, length, *, form: AttentionForm):
+def run(q, k, v, mass, length, pos, *, form: AttentionForm):
     """Returns the output [B K G D], and with form.lse the log-sum-exp [B K G]."""
     k, v = decode_codes(k, form.slots), decode_codes(v, form.slots)
+    length = read_length(mass, length, pos, form)
     first, head, out, lse = starts(form.slots), 0, [], []
     for size, alike in itertools.groupby(form.slots):  # neighbouring heads of one size share a view
         n = len(list(alike))

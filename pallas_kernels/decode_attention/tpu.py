@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import tuning
-from pallas_kernels.attention import AttentionForm, Codes, starts
+from pallas_kernels.attention import AttentionForm, Codes, read_length, starts
 from pallas_kernels.backend import pl, pltpu, tpu_call
 
 __all__ = ["Settings", "run", "vmem_bytes"]
@@ -35,7 +35,7 @@ class Settings:
     block: int
 
 
-def run(q, k, v, mass, length, *, form: AttentionForm):
+def run(q, k, v, mass, length, pos, *, form: AttentionForm):
     """Returns what `reference.run` returns.
 
     The chips have no float16: such rows are first converted to float32, one more pass over them.
@@ -46,6 +46,7 @@ def run(q, k, v, mass, length, *, form: AttentionForm):
         NotImplementedError: for types, head sizes or layouts of codes that the kernel does not take.
     """
     _check(q, k, v, form)
+    length = read_length(mass, length, pos, form)
     batch, n_heads, group, size = q.shape
     chosen = tuning.settings(
         "decode_attention",

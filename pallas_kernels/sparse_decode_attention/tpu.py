@@ -135,7 +135,7 @@ def _gathered(q, k, v, mass, idx, form: AttentionForm, block: int):
     n = idx.shape[2]
     length = block * jnp.max(jnp.where(idx < 0, 0, jnp.arange(1, n + 1, dtype=jnp.int32)), axis=2)
     packed = dataclasses.replace(form, slots=(n * block,) * q.shape[1])
-    return dense.run(q, rows(k), rows(v), mass, length, form=packed)
+    return dense.run(q, rows(k), rows(v), mass, length, None, form=packed)
 
 
 def _take(x, at):

@@ -12,18 +12,20 @@ __all__ = ["spvmm"]
 def spvmm(
     x: Float[Array, "B F"],
     w: Shaped[Array, "_ M"],
+    level: Float[Array, ""] | None = None,
     *,
     scale: Float[Array, "..."] | None = None,
     impl: str | None = None,
 ) -> Float[Array, "B M"]:
-    """Returns x·w, where row f of w is not read if x[:, f] is 0 in the whole batch.
+    """Returns x·w, where row f of w is not read if x[:, f] is 0 in the whole batch, or below the level.
 
     Rows not read may hold anything, NaN too. Sums are in float32. On a TPU a block of rows is
     skipped when all its rows are; other rows without need are read there, and still not used.
 
     Args:
-        x: activations, most of them exactly 0; kernels take batches up to 8.
+        x: activations, most of them 0; kernels take batches up to 8.
         w: weights [F M] of x's type, or int8.
+        level: what |x| is compared with; what is below counts as 0. None for 0.
         scale: of int8 weights, one per output channel, [M].
         impl: None, "reference", "gpu" or "tpu", see `dispatch`.
 
@@ -45,4 +47,4 @@ def spvmm(
     """
     check_weights(x, x, w, scale, w.shape[1])
     impls = {"reference": reference.run, "gpu": gpu.run, "tpu": tpu.run}
-    return dispatch.run("spvmm", impl, impls, x, w, scale)
+    return dispatch.run("spvmm", impl, impls, x, w, level, scale)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.instructions import multiply_add
-from pallas_kernels.sparse_matvec import refuse, settings_key
+from pallas_kernels.sparse_matvec import cut, refuse, settings_key
 
 __all__ = ["Settings", "run"]
 
@@ -30,7 +30,7 @@ class Settings:
     warps: int = 8
 
 
-def run(x, w, scale):
+def run(x, w, level, scale):
     """Returns what `reference.run` returns.
 
     Raises:
@@ -52,9 +52,10 @@ def run(x, w, scale):
     spans = pl.cdiv(n_steps, steps)
     sizes = {"rows": rows, "columns": columns, "steps": steps} | ({} if batch > 1 else {"loads": loads})
     part = jax.ShapeDtypeStruct((spans, batch, width), x.dtype if spans == 1 else jnp.float32)
+    operands = (cut(x, level),) if batch > 1 else (x, level)
     out = gpu_call(
         functools.partial(_batch if batch > 1 else _one, **sizes),
-        x, w, scale,
+        *operands, w, scale,
         grid=(n_tiles, spans),  # neighbouring tiles run together: they read the same pages of memory
         out_shape=part, warps=chosen.warps, name="spvmm",
     )  # fmt: skip
@@ -72,6 +73,7 @@ def _weights(w_ref, row, column, needed):
 
 def _one(
     x_ref,  # [1 F]
+    level_ref,  # [], or None
     w_ref,  # [F M]
     scale_ref,  # [M], or None
     out_ref,  # [I 1 M] a sum per span
@@ -85,6 +87,7 @@ def _one(
     tile, span = program_id(0), program_id(1)
     n_rows, width = w_ref.shape
     column = tile * columns + jnp.arange(columns)
+    level = None if level_ref is None else level_ref[...]
 
     def place(i, j):
         return ((span * steps + i) * loads + j) * rows + jnp.arange(rows)
@@ -93,17 +96,20 @@ def _one(
         row = place(i, j)
         return triton.load(x_ref.at[0, row], mask=(row < n_rows) & (i < steps), other=0)
 
+    def needed(x):
+        return x != 0 if level is None else (x != 0) & ~(jnp.abs(x.astype(jnp.float32)) < level)
+
     def step(i, carry):  # uses what the step before loaded, and loads for the next one in its place
         total, xs, ws = carry
         xs_after, ws_after = [inputs(i + 1, j) for j in range(loads)], []
         for j in range(loads):
             total = multiply_add(ws[j], xs[j].astype(jnp.float32)[:, None], total)
-            ws_after.append(_weights(w_ref, place(i + 1, j), column, xs_after[j] != 0))
+            ws_after.append(_weights(w_ref, place(i + 1, j), column, needed(xs_after[j])))
         return total, xs_after, ws_after
 
     total = jnp.zeros((rows, columns), jnp.float32)  # a thread's own
     xs = [inputs(0, j) for j in range(loads)]
-    ws = [_weights(w_ref, place(0, j), column, x != 0) for j, x in enumerate(xs)]
+    ws = [_weights(w_ref, place(0, j), column, needed(x)) for j, x in enumerate(xs)]
     total, *_ = jax.lax.fori_loop(0, steps, step, (total, xs, ws))
     total = jnp.sum(total, axis=0)
     if scale_ref is not None:

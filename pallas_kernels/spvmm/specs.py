@@ -6,7 +6,11 @@ from pallas_kernels.spvmm import gpu, spvmm
 
 __all__ = ["OP"]
 
-SPECS = tuple(MatvecSpec(*case) for case in CASES)
+SPECS = (
+    *(MatvecSpec(*case) for case in CASES),
+    MatvecSpec(1, 2100, 1160, 0.7, "bfloat16", cut=True),
+    MatvecSpec(3, 300, 200, 0.5, "float32", cut=True),
+)
 
 
 def _candidates(spec: MatvecSpec) -> list[gpu.Settings]:

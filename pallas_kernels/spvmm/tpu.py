@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.backend import pl, pltpu, tpu_call
-from pallas_kernels.sparse_matvec import block_order, refuse
+from pallas_kernels.sparse_matvec import block_order, cut, refuse
 
 __all__ = ["Settings", "run"]
 
@@ -30,14 +30,14 @@ class Settings:
     block_bytes: int = 4 * 2**20
 
 
-def run(x, w, scale):
+def run(x, w, level, scale):
     """Returns what `reference.run` returns.
 
     Raises:
         NotImplementedError: for batches and types that the kernel does not take.
     """
     refuse(x, w, ("float32", "bfloat16"))
-    (batch, n_rows), width = x.shape, w.shape[1]
+    (batch, n_rows), width, x = x.shape, w.shape[1], cut(x, level)
     key = {"dtype": w.dtype.name, "batch": batch, "rows": n_rows, "width": width}
     chosen = tuning.settings("spvmm", Settings(), **key)
     rows = chosen.rows

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import tuning
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
-from pallas_kernels.instructions import multiply_add
+from pallas_kernels.matvec_gpu import row_sums, tile_columns
 from pallas_kernels.sparse_matvec import refuse, settings_key
 
 __all__ = ["Settings", "run"]
@@ -41,7 +41,7 @@ def run(x, gate, w_t, scale):
     )
     chosen = tuning.settings("vmmsp", default, **settings_key(x, w_t))
     rows = chosen.rows if batch == 1 else max(16, chosen.rows)  # of the tensor cores
-    columns = max(16, chosen.warps * 32 * (16 // w_t.dtype.itemsize) // rows)
+    columns = tile_columns(rows, chosen.warps, w_t.dtype.itemsize)
     return gpu_call(
         functools.partial(_one if batch == 1 else _batch, rows=rows, columns=columns, loads=chosen.loads),
         x, gate, w_t, scale,
@@ -69,31 +69,10 @@ def _one(
     loads: int,
 ):
     """Computes one block of outputs of one batch row."""
-    width, n_rows = x_ref.shape[1], w_ref.shape[0]
     row = program_id(0) * rows + jnp.arange(rows)
-    here = row < n_rows
+    here = row < w_ref.shape[0]
     gate = triton.load(gate_ref.at[0, row], mask=here, other=0)
-    needed = gate != 0
-
-    def place(i, j):
-        return (i * loads + j) * columns + jnp.arange(columns)
-
-    def inputs(i, j):  # as a tile: in the threads that need it
-        column = jnp.broadcast_to(place(i, j)[None, :], (rows, columns))
-        return triton.load(x_ref.at[0, column], mask=column < width, other=0).astype(jnp.float32)
-
-    def step(i, carry):  # uses what the step before loaded, and loads for the next one in its place
-        total, ws = carry
-        after = []
-        for j in range(loads):
-            total = multiply_add(ws[j], inputs(i, j), total)
-            after.append(_weights(w_ref, row, place(i + 1, j), needed))
-        return total, after
-
-    total = jnp.zeros((rows, columns), jnp.float32)  # a thread's own
-    ws = [_weights(w_ref, row, place(0, j), needed) for j in range(loads)]
-    total, _ = jax.lax.fori_loop(0, pl.cdiv(width, columns * loads), step, (total, ws))
-    total = jnp.sum(total, axis=1)
+    total = row_sums(x_ref, w_ref, row, gate != 0, columns, loads)
     if scale_ref is not None:
         total = total * triton.load(scale_ref.at[row], mask=here, other=0)
     out = jnp.where(gate != 0, gate.astype(jnp.float32) * total, 0.0)

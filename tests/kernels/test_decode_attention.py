@@ -130,6 +130,21 @@ def test_heads_without_slots_give_nothing(platform):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_head_with_a_hole_is_read_in_full_and_padding_is_not(platform):
+    slots = (40, 24)
+    q, k, v, mass, _ = inputs(slots, batch=3)
+    k, v, mass = jnp.nan_to_num(k), jnp.nan_to_num(v), mass.at[:, 39].set(1).at[:, 63].set(0)
+    length, pos = jnp.asarray([[7, 9]] * 3, jnp.int32), jnp.asarray([5, -1, 0], jnp.int32)
+    form = AttentionForm(slots, lse=True, holes=True)
+    out, lse = attend(platform, q, k, v, mass, length, pos, form=form)
+    # The first head's last slot counts, so that slot 7 is a hole; the other's is empty, so that it ends at 9.
+    expected, _ = loops(q, k, v, mass, np.asarray([[40, 9], [0, 0], [40, 9]]), AttentionForm(slots))
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5)
+    assert (np.asarray(out)[1] == 0).all()
+    assert np.isneginf(np.asarray(lse)[1]).all()
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_nan_that_counts_is_not_hidden(platform):
     q, k, v, _, _ = inputs((64,))
     k, v = jnp.nan_to_num(k), jnp.nan_to_num(v).at[1, 5, 3].set(jnp.nan)
@@ -248,7 +263,8 @@ def codes(width, *, bits=8, scale=(2, 40, 1), zero=(2, 40, 1), block=None):
         ({"k": codes(64, scale=(2, 40, 2))}, r"k has scales and zeros \(2, 40, 1\), got \(2, 40, 2\)"),
         ({"v": codes(64, zero=(2, 2, 64), block=16)}, r"v has scales and zeros \(2, 3, 64\), got .*2, 2, 64"),
         ({"mass": (2, 39)}, r"one mass per slot, \(2, 40\), got mass.shape=\(2, 39\)"),
-        ({"length": (2, 3)}, r"one length per row and KV head, got length.shape=\(2, 3\)"),
+        ({"length": (2, 3)}, r"one length per row and KV head, .* got length.shape=\(2, 3\)"),
+        ({"pos": (3,)}, r"and one position per row, got length.shape=\(2, 2\) and \(3,\)"),
     ],
 )
 def test_shapes_that_disagree_are_refused(changes, message):

@@ -12,6 +12,7 @@ from pallas_kernels.backend import Target, aim
 
 seeds = st.integers(0, 10**6)
 SLOTS, ROWS, D = (7, 12), 19, 8
+SEEN = jnp.zeros(1, jnp.int32)
 FREQUENCIES = 1e4 ** (-np.arange(0, D, 2) / D)
 mark, append = jax.jit(mark_topk), jax.jit(lambda *args: append_rows(*args, slots=SLOTS))
 
@@ -33,12 +34,16 @@ def test_tokens_stand_where_they_are_said_to(seed):
     valid = rng.random((2, 4)) < 0.7
     order = np.where(valid, np.cumsum(valid, 1) - 1, -1)
     wanted, first = np.float32(store).copy(), (0, SLOTS[0])
+    seen = rng.integers(0, 99, size=2)
     for b, h, t in np.ndindex(2, 2, 4):
         slot = fill[b, h] + order[b, t]
         if valid[b, t] and slot < SLOTS[h]:
             wanted[b, first[h] + slot] = new[b, h, t]
-    out = append(jnp.float32(store), jnp.float32(new), jnp.asarray(fill), jnp.asarray(order))
+    given_ = (jnp.float32(store), jnp.float32(new), *map(jnp.asarray, (fill, seen, order)))
+    out, filled, counted = append(*given_)
     np.testing.assert_array_equal(out, wanted)
+    np.testing.assert_array_equal(filled, np.minimum(fill + valid.sum(1, keepdims=True), SLOTS))
+    np.testing.assert_array_equal(counted, seen + valid.sum(1))
 
 
 def test_tokens_that_the_kernel_writes_have_the_references_gradients():
@@ -49,8 +54,14 @@ def test_tokens_that_the_kernel_writes_have_the_references_gradients():
     stores, fill = (store, jnp.zeros((1, ROWS), jnp.int32)), jnp.asarray([[5, 0]])
 
     def loss(store, row, impl):
-        given_ = ((store, stores[1]), (row, jnp.ones((1, 2, 3), jnp.int32)), fill, jnp.asarray([[0, 1, 2]]))
-        return (append_rows(*given_, slots=SLOTS, impl=impl)[0] ** 2 * weight).sum()
+        given_ = (
+            (store, stores[1]),
+            (row, jnp.ones((1, 2, 3), jnp.int32)),
+            fill,
+            SEEN,
+            jnp.asarray([[0, 1, 2]]),
+        )
+        return (append_rows(*given_, slots=SLOTS, impl=impl)[0][0] ** 2 * weight).sum()
 
     expected = jax.grad(loss, (0, 1))(store, rows, "reference")
     with aim(Target("gpu", "interpreted", "forward")):
@@ -123,12 +134,16 @@ def test_rotations_are_the_formula_and_are_undone():
     np.testing.assert_allclose(rotate_rows(out, *given_[1:], factor=1.5, back=True), x, atol=1e-6)
 
 
+def places(at):
+    return at[:, :1], SEEN, at[:, :1]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, n, at: append_rows(x, x[:, None, :1], at[:, :1], at[:, :1], slots=(3,)), "row per slot"),
-        (lambda x, n, at: append_rows(x, at[:, None, :1, None], at[:, :1], at[:, :1], slots=(4,)), "type"),
-        (lambda x, n, at: append_rows(x, x[:, None, :1], at, at[:, :1], slots=(4,)), "first free slot"),
+        (lambda x, n, at: append_rows(x, x[:, None, :1], *places(at), slots=(3,)), "row per slot"),
+        (lambda x, n, at: append_rows(x, at[:, None, :1, None], *places(at), slots=(4,)), "type"),
+        (lambda x, n, at: append_rows(x, x[:, None, :1], at, SEEN, at[:, :1], slots=(4,)), "first free slot"),
         (lambda x, n, at: merge_rows((x,), n, at, at, form=MergeForm((5,), 1)), "goes into one or stays"),
         (lambda x, n, at: merge_rows((x,), n, at, at, None, n[0], form=MergeForm((4,), 1)), "positions"),
     ],

@@ -59,6 +59,23 @@ def test_the_reference_equals_loops(sizes, zeros, quantized, gated, seed):
     np.testing.assert_allclose(op(**arrays, impl="reference"), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("at", [GPU, TPU], ids=["gpu", "tpu"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_below_the_level_counts_as_zero(batch, at):
+    x, w = (
+        jax.random.normal(jax.random.key(0), (batch, 300)),
+        jax.random.normal(jax.random.key(1), (300, 128)),
+    )
+    level = jnp.float32(0.8)
+    cut = np.where(np.abs(np.asarray(x)) < 0.8, 0, np.asarray(x, np.float64))
+    w = jnp.where((cut != 0).any(0)[:, None], w, jnp.nan)
+    with aim(at):
+        out = spvmm(x, w, level, impl=at.platform)
+    expected = cut @ np.nan_to_num(np.asarray(w, np.float64))
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(spvmm(x, w, level, impl="reference"), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_batch_rows_do_not_meet(name, dtype):

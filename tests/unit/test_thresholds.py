@@ -179,7 +179,9 @@ def test_kernels_change_nothing(name, codes, platform, found):
     with aim(Target(platform, "interpreted", "forward")), dispatch.watch() as taken:
         ours, _ = steps(model)
     assert taken["spvmm"] == platform
-    assert taken.get("vmmsp") == (platform if Site.FFN_GATE in METHODS[name].sites else None)
+    gated, op = Site.FFN_GATE in METHODS[name].sites, "vmmsp" if METHODS[name].group > 1 else "gate_up"
+    found = {x: taken[x] for x in ("gate_up", "vmmsp") if x in taken}
+    assert found == ({op: platform} if gated else {})
     np.testing.assert_allclose(ours, expected, atol=3e-3)
 
 
@@ -188,7 +190,7 @@ def test_more_rows_than_kernels_take_are_multiplied_densely(found):
     with aim(Target("gpu", "interpreted", "forward")), dispatch.watch() as taken:
         logits, state = kvjax.prefill(model, ids, room=1)
         kvjax.decode_step(model, logits.argmax(-1), state)
-    assert not {"spvmm", "vmmsp"} & set(taken)
+    assert not {"spvmm", "gate_up", "vmmsp"} & set(taken)
 
 
 def test_steps_leave_out_what_prompts_do(found):
