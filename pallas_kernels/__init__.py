@@ -16,6 +16,7 @@ from pallas_kernels.rotate_rows import rotate_rows
 from pallas_kernels.select_topk import select_topk
 from pallas_kernels.sparse_decode_attention import sparse_decode_attention
 from pallas_kernels.spvmm import spvmm
+from pallas_kernels.spvmm_each import spvmm_each
 from pallas_kernels.stow_rows import stow_rows
 from pallas_kernels.union_topk import union_topk
 from pallas_kernels.vmmsp import vmmsp
@@ -43,6 +44,7 @@ __all__ = [
     "select_topk",
     "sparse_decode_attention",
     "spvmm",
+    "spvmm_each",
     "stow_rows",
     "union_topk",
     "vmmsp",

@@ -74,7 +74,7 @@ def refuse(x: Array, w: Array, types: tuple[str, ...]) -> None:
         raise NotImplementedError(f"weights are int8 or of x's type, got {w.dtype} for {x.dtype}: convert w")
 
 
-def settings_key(x: Array, w: Array) -> dict[str, int | str]:
+def settings_key(x: Any, w: Any) -> dict[str, int | str]:
     """Returns what the best settings of a GPU kernel for weights [F M] depend on.
 
     What does not fit a multiprocessor's shared memory differs by words: the types, and which of the op's two

@@ -6,7 +6,7 @@ cache methods and never asks which method it is.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -27,6 +27,7 @@ from pallas_kernels.backend import target
 from pallas_kernels.gate_up import gate_up
 from pallas_kernels.sparse_matvec import MAX_BATCH
 from pallas_kernels.spvmm import spvmm
+from pallas_kernels.spvmm_each import spvmm_each
 from pallas_kernels.vmmsp import vmmsp
 
 __all__ = ["Decoder", "Record"]
@@ -129,6 +130,11 @@ def _is_step(x: Array) -> bool:
     return x.shape[1] == 1 and x.shape[0] <= MAX_BATCH and target().platform != "cpu"
 
 
+def _is_unseen_step(module: nn.Module, x: Array) -> bool:
+    """Returns whether x is such a step, and nobody watches activations, which one kernel does not show."""
+    return _is_step(x) and not module.is_mutable_collection("activations")
+
+
 def _turned(x: Array, gate: Array | None, kernel: Array, scale: Array | None) -> Array:
     """Returns x W, times the gate if there is one, of W that lies as [out, in]."""
     if gate is not None and _is_step(x):
@@ -168,9 +174,14 @@ class Attention(nn.Module):
         """Returns the attention output, the new state, and what was attended with."""
         c = self.config
         batch, length, _ = x.shape
-        q = _queries(c, x)
-        k = Linear(c.n_kv_heads * c.head_dim, c.qkv_bias, name="k")(x)
-        v = Linear(c.n_kv_heads * c.head_dim, c.qkv_bias, name="v")(x)
+        kv_width = c.n_kv_heads * c.head_dim
+        names = {"q": c.n_heads * c.head_dim, "k": kv_width, "v": kv_width}
+        linear = {name: Linear(width, c.qkv_bias, name=name) for name, width in names.items()}
+        if (together := _sparse_step(self, x, names)) is not None:
+            q, k, v = together
+        else:
+            q, k, v = (project(x) for project in linear.values())
+        q = _queries(c, q)
         k, v = (y.reshape(batch, length, c.n_kv_heads, c.head_dim) for y in (k, v))
         if c.qk_norm:
             k = Norm(c.norm_eps, name="k_norm")(k)
@@ -180,10 +191,25 @@ class Attention(nn.Module):
         return out, kv, Record(q, k, v)
 
 
-def _queries(c: ModelConfig, x: Float[Array, "B T M"]) -> Queries:
-    """Returns the queries of an attention module, within which it is called."""
-    q = Linear(c.n_heads * c.head_dim, c.qkv_bias, name="q")(x)
-    q = q.reshape(*x.shape[:2], c.n_kv_heads, c.group, c.head_dim)
+def _sparse_step(module: nn.Module, x: Array, names: Iterable[str]) -> list[Array] | None:
+    """Returns what a module's projections make of a step, in one launch.
+
+    None where no activation is left out, where a kernel does not see how, and where they are watched.
+    """
+    thresholds = [(module.get_variable("thresholds", name) or {}).get("in") for name in names]
+    known = [t for t in thresholds if t is not None]
+    if not known or not all(t.plain for t in known) or not _is_unseen_step(module, x):
+        return None
+    params = [module.variables["params"][name] for name in names]
+    scales = [p["kernel_scale"][0] if "kernel_scale" in p else None for p in params]
+    levels = [None if t is None else t.level for t in thresholds]
+    out = spvmm_each(x[:, 0], [p["kernel"] for p in params], levels, scales=scales)
+    return [y[:, None] + p["bias"] if "bias" in p else y[:, None] for y, p in zip(out, params, strict=True)]
+
+
+def _queries(c: ModelConfig, q: Float[Array, "B T N"]) -> Queries:
+    """Returns the queries of an attention module, within which it is called, from their projection."""
+    q = q.reshape(*q.shape[:2], c.n_kv_heads, c.group, c.head_dim)
     return Norm(c.norm_eps, name="q_norm")(q) if c.qk_norm else q
 
 
@@ -210,8 +236,7 @@ class FeedForward(nn.Module):
         gate, up = Linear(c.ffn_width, name="gate"), Linear(c.ffn_width, name="up")
         down = Linear(c.width, name="down")
         threshold = self.get_variable("thresholds", "act")
-        watched = self.is_mutable_collection("activations")  # which one kernel for gate and up does not show
-        if threshold is not None and threshold.group == 1 and _is_step(x) and not watched:
+        if threshold is not None and threshold.group == 1 and _is_unseen_step(self, x):
             return down(_gate_up(self.variables["params"], x, threshold, c.act), sparse=True)
         act = gate(x)
         act = nn.silu(act) if c.act == "silu" else nn.gelu(act, approximate=True)
@@ -262,7 +287,8 @@ class Ask(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T M"]) -> Queries:
         """Returns them un-rotated."""
-        return _queries(self.config, x)
+        c = self.config
+        return _queries(c, Linear(c.n_heads * c.head_dim, c.qkv_bias, name="q")(x))
 
 
 class Foresight(nn.Module):

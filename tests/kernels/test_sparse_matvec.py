@@ -1,5 +1,7 @@
 """spvmm and vmmsp: their references against float64 loops, their rules, and what zeros must do."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import tuning
+from pallas_kernels import spvmm_each, tuning
 from pallas_kernels.backend import Target, aim
 from pallas_kernels.sparse_matvec import MatvecSpec, block_order
 from pallas_kernels.spvmm import gpu as spvmm_gpu
@@ -74,6 +76,21 @@ def test_what_is_below_the_level_counts_as_zero(batch, at):
     expected = cut @ np.nan_to_num(np.asarray(w, np.float64))
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(spvmm(x, w, level, impl="reference"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at", [GPU, TPU], ids=["gpu", "tpu"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_each_matrix_has_a_level_of_its_own(batch, at):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (batch, 300))
+    ws = [jax.random.normal(key, (300, width)) for key, width in zip(keys[1:], (256, 128, 40), strict=True)]
+    levels = (jnp.float32(1.0), None, jnp.float32(0.3))
+    with aim(at):
+        out = spvmm_each(x, ws, levels, impl=at.platform)
+    for y, w, level in zip(out, ws, (1.0, 0.0, 0.3), strict=True):
+        exact = np.asarray(x, np.float64)
+        expected = np.where(np.abs(exact) < level, 0, exact) @ np.asarray(w, np.float64)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -196,6 +213,13 @@ def test_spvmm_says_what_is_wrong(x, w, scale, message):
 def test_vmmsp_says_what_is_wrong(x, gate, w, scale, message):
     with pytest.raises(ValueError, match=message):
         vmmsp(x, gate, w, scale=scale)
+
+
+def test_spvmm_each_says_what_is_wrong():
+    with pytest.raises(ValueError, match=r"2 of \['float32', 'float32'\], 1 levels and 2 scales"):
+        spvmm_each(ONE, [jnp.ones((4, 2))] * 2, [None])
+    with pytest.raises(ValueError, match=r"a row per sparse channel, 4, got w.shape=\(3, 2\)"):
+        inspect.unwrap(spvmm_each)(ONE, [jnp.ones((3, 2))], [None])
 
 
 def test_weights_of_other_types_are_refused():

@@ -30,5 +30,6 @@ def test_sparse_steps_compile(device, platform):
     for line in lines:
         name, codes, taken = line["name"], line["codes"], line["taken"]
         assert taken.get("spvmm") == (platform if codes or name != "dense" else None), line
+        assert taken.get("spvmm_each") == (platform if name in ("chess+", "teal") else None), line
         assert taken.get("gate_up") == (platform if name == "chess+" else None), line
         assert taken.get("vmmsp") == (platform if name == "groups" else None), line

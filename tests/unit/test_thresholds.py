@@ -180,8 +180,10 @@ def test_kernels_change_nothing(name, codes, platform, found):
         ours, _ = steps(model)
     assert taken["spvmm"] == platform
     gated, op = Site.FFN_GATE in METHODS[name].sites, "vmmsp" if METHODS[name].group > 1 else "gate_up"
-    found = {x: taken[x] for x in ("gate_up", "vmmsp") if x in taken}
-    assert found == ({op: platform} if gated else {})
+    gates = {x: taken[x] for x in ("gate_up", "vmmsp") if x in taken}
+    assert gates == ({op: platform} if gated else {})
+    together = Site.Q_IN in METHODS[name].sites and METHODS[name].group == 1
+    assert taken.get("spvmm_each") == (platform if together else None)
     np.testing.assert_allclose(ours, expected, atol=3e-3)
 
 
