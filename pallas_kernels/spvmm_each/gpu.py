@@ -30,7 +30,8 @@ def run(x, ws, levels, scales):
         refuse(x, w, ("float32", "bfloat16", "float16"))
     width = sum(w.shape[1] for w in ws)
     key = settings_key(x, jax.ShapeDtypeStruct((x.shape[1], width), ws[0].dtype))
-    chosen = tuning.settings("spvmm_each", Settings(warps=4 if ws[0].dtype == jnp.int8 else 8), **key)
+    default = Settings(programs=528, warps=4 if ws[0].dtype == jnp.int8 else 8)  # codes take more registers
+    chosen = tuning.settings("spvmm_each", default, **key)
     n_tiles = [pl.cdiv(w.shape[1], chosen.columns) for w in ws]
     sizes = one.sizes_of(chosen, x.shape, sum(n_tiles), ws[0].dtype.itemsize)
     shapes = [
