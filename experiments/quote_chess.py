@@ -94,8 +94,7 @@ CHESS: Mapping[str, Callable[[], str]] = {
         "--sparsities 0.5 --refine 40",
     ),
     "together": _chess_together,
-    "speed": functools.partial(_chess_speed, "sparsity", "", True),
-    "speed of one row": functools.partial(_chess_speed, "sparsity", " --cases llama-3.1-8b:1x1024"),
+    "speed": functools.partial(_chess_speed, "sparsity", " --samples 5", True),
     "speed of batches": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True --samples 5"),
     "speed together": functools.partial(_chess_speed, "together", " --sparsities 0.5"),
 }
