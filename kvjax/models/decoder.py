@@ -17,7 +17,7 @@ from kvjax.attend import attend, held
 from kvjax.cache import KV
 from kvjax.method import CacheMethod
 from kvjax.models.config import ModelConfig
-from kvjax.models.linear import Linear, is_unseen_step, sparse_gate_up, sparse_step
+from kvjax.models.linear import Linear, sparse_gate_up, sparse_step
 from kvjax.models.norm import AddNorm, Norm
 from kvjax.prefill_attention import precision
 from kvjax.shapes import Positions, Queries, Tokens
@@ -92,13 +92,12 @@ class FeedForward(nn.Module):
         c = self.config
         gate, up = Linear(c.ffn_width, name="gate"), Linear(c.ffn_width, name="up")
         down = Linear(c.width, name="down")
-        threshold = self.get_variable("thresholds", "act")
-        if threshold is not None and threshold.group == 1 and is_unseen_step(self, x):
-            return down(sparse_gate_up(self.variables["params"], x, threshold, c.act), sparse=True)
+        if (together := sparse_gate_up(self, x, c.act)) is not None:
+            return down(together, sparse=True)
         act = gate(x)
         act = nn.silu(act) if c.act == "silu" else nn.gelu(act, approximate=True)
         self.sow("activations", "act", act)
-        if threshold is None:
+        if (threshold := self.get_variable("thresholds", "act")) is None:
             return down(act * up(x))
         return down(up(x, gate=threshold(act)), sparse=True)
 

@@ -4,8 +4,7 @@ A kernel of several does what its `Linear`s would, with their parameters and thr
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from pallas_kernels.spvmm import spvmm
 from pallas_kernels.spvmm_each import spvmm_each
 from pallas_kernels.vmmsp import vmmsp
 
-__all__ = ["Linear", "is_unseen_step", "sparse_gate_up", "sparse_step"]
+__all__ = ["Linear", "sparse_gate_up", "sparse_step"]
 
 _SMALL = 10_000_000  # elements of W below which XLA makes no product of one row
 
@@ -44,7 +43,7 @@ class Linear(nn.Module):
         level = None
         if (threshold := self.get_variable("thresholds", "in")) is not None:
             sparse = True
-            if _is_step(x) and threshold.plain:
+            if _is_step(x) and threshold.plain and self.has_variable("params", "kernel"):
                 level = threshold.level  # which the kernel compares with
             else:
                 x = threshold(x)
@@ -70,7 +69,7 @@ def _is_step(x: Array) -> bool:
     return x.shape[1] == 1 and x.shape[0] <= MAX_BATCH and target().platform != "cpu"
 
 
-def is_unseen_step(module: nn.Module, x: Array) -> bool:
+def _is_unseen_step(module: nn.Module, x: Array) -> bool:
     """Returns whether x is such a step, and nobody watches activations, which one kernel does not show."""
     return _is_step(x) and not module.is_mutable_collection("activations")
 
@@ -108,7 +107,7 @@ def sparse_step(module: nn.Module, x: Array, names: Iterable[str]) -> list[Array
     """
     thresholds = [(module.get_variable("thresholds", name) or {}).get("in") for name in names]
     known = [t for t in thresholds if t is not None]
-    if not known or not all(t.plain for t in known) or not is_unseen_step(module, x):
+    if not known or not all(t.plain for t in known) or not _is_unseen_step(module, x):
         return None
     params = [module.variables["params"][name] for name in names]
     scales = [p["kernel_scale"][0] if "kernel_scale" in p else None for p in params]
@@ -117,9 +116,18 @@ def sparse_step(module: nn.Module, x: Array, names: Iterable[str]) -> list[Array
     return [y[:, None] + p["bias"] if "bias" in p else y[:, None] for y, p in zip(out, params, strict=True)]
 
 
-def sparse_gate_up(params: Mapping[str, Any], x: Array, threshold: Any, act: str) -> Array:
-    """Returns the gate, without what is below its threshold, times up."""
-    gate, up = params["gate"], params["up"]
+def sparse_gate_up(module: nn.Module, x: Array, act: str) -> Array | None:
+    """Returns the gate of a step, without what is below its threshold, times up, of a block, in one launch.
+
+    None where no gate is left out, where a kernel does not see how, and where activations are watched.
+    """
+    threshold = module.get_variable("thresholds", "act")
+    if threshold is None or threshold.group > 1 or threshold.temperature is not None:
+        return None
+    inputs = any(module.get_variable("thresholds", name) is not None for name in ("gate", "up"))
+    if inputs or not _is_unseen_step(module, x):
+        return None
+    gate, up = (module.variables["params"][name] for name in ("gate", "up"))
     scales = (gate["kernel_scale"][0], up["kernel_scale"][0]) if "kernel_scale" in gate else None
     out = gate_up(
         x[:, 0], gate["kernel_t"], up["kernel_t"], threshold.level, threshold.weight, scales=scales, act=act

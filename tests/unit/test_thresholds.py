@@ -187,6 +187,24 @@ def test_kernels_change_nothing(name, codes, platform, found):
     np.testing.assert_allclose(ours, expected, atol=3e-3)
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_a_gate_that_is_sparse_may_have_sparse_inputs_too(platform, found):
+    """No method of ours has both: what one kernel would not see is decided before it."""
+    inputs = (Site.GATE_IN, Site.UP_IN)
+    layers = [
+        {**one, **{site: other[site] for site in inputs}}
+        for one, other in zip(found["chess"].layers, found["teal"].layers, strict=True)
+    ]
+    model = dataclasses.replace(found["chess"], layers=layers).apply(MODEL)
+    expected, _ = steps(model)
+    with aim(Target(platform, "interpreted", "forward")), dispatch.watch() as taken:
+        ours, _ = steps(model)
+    assert "gate_up" not in taken
+    np.testing.assert_allclose(ours, expected, atol=3e-3)
+    assert np.abs(expected - steps(found["chess"].apply(MODEL))[0]).max() > 0.01
+
+
 def test_more_rows_than_kernels_take_are_multiplied_densely(found):
     model, ids = found["chess"].apply(MODEL), np.tile(OTHERS, (2, 1))[:9, :16]
     with aim(Target("gpu", "interpreted", "forward")), dispatch.watch() as taken:
