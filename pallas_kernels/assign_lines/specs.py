@@ -28,6 +28,11 @@ class LinesSpec(Spec):
     uses: tuple[str, ...] = ("test",)
 
     @property
+    def platforms(self) -> tuple[str, ...]:
+        """A TPU has the reference, of which small cases do."""
+        return ("gpu", "tpu") if self.chosen < 2**11 else ("gpu",)
+
+    @property
     def name(self) -> str:
         """For example b2-k8-s4096-p1x24of96."""
         sizes = f"b{self.batch}-k{len(self.slots)}-s{max(self.slots)}"

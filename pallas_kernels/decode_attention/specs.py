@@ -98,7 +98,6 @@ SPECS = (
     *(DecodeSpec(8, 4, 128, _EVEN[32768], bits=bits, **_TIMED) for bits in (8, 4)),
     DecodeSpec(8, 4, 128, _RAGGED, **_TIMED),
     DecodeSpec(8, 4, 128, (6553,) * 8, **_TIMED),  # a fifth of 32,768
-    DecodeSpec(64, 6, 128, (6553,) * 2, **_TIMED),  # Qwen2.5-1.5B's
 )
 
 

@@ -26,7 +26,7 @@ class MarkSpec(Spec):
     @property
     def platforms(self) -> tuple[str, ...]:
         """A TPU has the reference, of which small cases do."""
-        return ("gpu", "tpu") if self.slots < 2**14 else ("gpu",)
+        return ("gpu", "tpu") if self.rows * self.slots < 2**16 else ("gpu",)
 
     @property
     def name(self) -> str:
