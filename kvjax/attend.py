@@ -101,8 +101,9 @@ def _kernel(
 ):
     """Calls the decode kernel, dense or sparse."""
     form = AttentionForm(kv.slots, kv.layer.scale, kv.layer.softcap, lse, holes=selection is None)
-    if selection is None:  # a window has emptied slots, so that the last one's mass says nothing
-        length = kv.fill if kv.layer.window is None else extent(kv)
+    if selection is None:
+        # Of masses that are not the state's, that of a head's last slot says nothing.
+        length = kv.fill if mass is kv.mass else extent(kv)
         return decode_attention(q, *rows, mass, length, pos[:, 0], form=form)
     idx = jnp.where(pos[..., None] >= 0, selection.idx, -1)
     return sparse_decode_attention(q, *rows, mass, idx, form=form, block=selection.block)

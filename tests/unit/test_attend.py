@@ -1,14 +1,17 @@
 """Attention against float64 loops written from its equation."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import cache
+import kvjax
+from kvjax import cache, storage
 from kvjax.attend import Selection, attend, weights
 from kvjax.cache import Layer
 from kvjax.models.config import RopeConfig
 from kvjax.rope import rotate
+from tests.tiny_models import byte_tokenizer, tiny
 
 ROPE = RopeConfig(base=100.0)
 
@@ -137,3 +140,22 @@ def test_merged_identical_tokens_leave_attention_as_it_was():
     np.testing.assert_allclose(attend(merged, q, pos), attend(kv, q, pos), atol=1e-6)
     unweighted = kv.replace(mass=kv.mass.at[:, 4:6].set(0.0))
     assert np.abs(attend(unweighted, q, pos) - attend(kv, q, pos)).max() > 1e-3
+
+
+def test_all_codes_of_a_full_head_with_a_hole_are_read():
+    """Its last slot may be in the ring, where its codes do not count. Seen: what lay beyond was not read."""
+    model = tiny(byte_tokenizer())
+    method = kvjax.chain(kvjax.METHODS["snapkv"](budget=96, window=8), kvjax.METHODS["kivi"](bits=8))
+    ids = np.random.default_rng(0).integers(0, 250, (2, 160)).astype(np.int32)
+    _, state = kvjax.prefill(model, ids[:, :140], method, room=20)
+    holes = 0
+    for step in range(140, 160):
+        _, state = kvjax.decode_step(model, ids[:, step], state, method)
+        for kv in state:
+            shape = (2, 1, len(kv.slots), kv.layer.group, kv.layer.head_dim)
+            q = jax.random.normal(jax.random.key(step), shape)
+            pos = kv.seen[:, None]
+            dense = kv.replace(k=storage.read(kv.k), v=storage.read(kv.v))
+            np.testing.assert_allclose(attend(kv, q, pos), attend(dense, q, pos), atol=2e-3)
+            holes += int((np.asarray(kv.fill) < np.asarray(cache.extent(kv))).sum())
+    assert holes
