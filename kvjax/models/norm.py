@@ -1,12 +1,12 @@
 """Norms of rows: alone, and of a residual stream that something is added to."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from kvjax.sharding import Mesh
 from pallas_kernels.add_norm import add_norm
+from pallas_kernels.add_norm.reference import normed
 
 __all__ = ["AddNorm", "Norm"]
 
@@ -19,7 +19,7 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Returns x normalised over its last axis."""
-        return _normed(x, _scale(self, x), self.eps)
+        return normed(x, _scale(self, x), self.eps)
 
 
 class AddNorm(nn.Module):
@@ -39,14 +39,8 @@ class AddNorm(nn.Module):
             x, norm = add_norm(x[:, 0], y[:, 0], scale, eps=self.eps)
             return x[:, None], norm[:, None]
         x = x if y is None else x + y
-        return x, _normed(x, scale, self.eps)
+        return x, normed(x, scale, self.eps)
 
 
 def _scale(module: nn.Module, x: Array) -> Array:
     return module.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-
-
-def _normed(x: Array, scale: Array, eps: float) -> Array:
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale).astype(x.dtype)

@@ -3,12 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-__all__ = ["run"]
+__all__ = ["normed", "run"]
 
 
 def run(x, y, scale, *, eps: float):
     """Returns x + y and rsqrt(mean((x + y)²) + eps)·(x + y)·scale, [B M] each."""
-    total = x + y
-    wide = total.astype(jnp.float32)
+    return x + y, normed(x + y, scale, eps)
+
+
+def normed(x, scale, eps: float):
+    """Returns x over the root of its mean square, times the scale, in x's type."""
+    wide = x.astype(jnp.float32)
     norm = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return total, (norm * scale).astype(x.dtype)
+    return (norm * scale).astype(x.dtype)
