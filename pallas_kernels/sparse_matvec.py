@@ -1,19 +1,12 @@
-"""What the two products of sparse activations share: the rules for their inputs, and their cases."""
+"""The rules that products with sparse activations share for their inputs."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import tolerance
-from pallas_kernels.op import Spec
-
 __all__ = [
-    "CASES",
     "MAX_BATCH",
-    "MatvecSpec",
     "block_order",
     "check_scale",
     "check_weights",
@@ -93,92 +86,3 @@ def block_order(active: Array, rows: int) -> tuple[Array, Array]:
     flags = flags.reshape(-1, rows).any(axis=1)
     order = jnp.argsort(~flags, stable=True).astype(jnp.int32)
     return order, flags.sum(dtype=jnp.int32)[None]
-
-
-@dataclass(frozen=True)
-class MatvecSpec(Spec):
-    """Sizes in the alphabet. zeros: exact share of each batch row, at places of its own.
-
-    quantized: int8 weights. gated: the case is one of `vmmsp`, else of `spvmm`. cut: zeros are small numbers
-    below a level.
-    """
-
-    batch: int
-    rows: int  # F
-    width: int  # M
-    zeros: float
-    dtype: str = "bfloat16"
-    quantized: bool = False
-    uses: tuple[str, ...] = ("test",)
-    gated: bool = field(default=False, kw_only=True)
-    cut: bool = field(default=False, kw_only=True)
-
-    @property
-    def name(self) -> str:
-        """For example b1-f14336-m4096-z50-bfloat16."""
-        kind = f"int8-{self.dtype}" if self.quantized else self.dtype
-        below = "-cut" if self.cut else ""
-        return f"b{self.batch}-f{self.rows}-m{self.width}-z{100 * self.zeros:.0f}-{kind}{below}"
-
-    def arrays(self, key: jax.Array) -> dict[str, Any]:
-        """Makes inputs; rows of weights that no batch row needs are NaN."""
-        keys = jax.random.split(key, 5)
-        shape = (self.batch, self.rows)
-        rank = jnp.argsort(jnp.argsort(jax.random.uniform(keys[0], shape), axis=1), axis=1)
-        alive = rank >= round(self.zeros * self.rows)
-        values = jax.random.normal(keys[1], shape)
-        sparse = jnp.where(alive, values, 0.0)
-        made = {}
-        if self.cut:
-            sparse = jnp.where(alive, values + jnp.sign(values), jnp.tanh(values) / 2)
-            made["level"] = jnp.float32(0.75)
-        made["gate" if self.gated else "x"] = sparse.astype(self.dtype)
-        if self.gated:
-            made["x"] = jax.random.normal(keys[2], (self.batch, self.width), self.dtype)
-        weights = "w_t" if self.gated else "w"
-        if self.quantized:
-            made[weights] = jax.random.randint(keys[3], (self.rows, self.width), -127, 128, jnp.int8)
-            n_outputs = self.rows if self.gated else self.width
-            made["scale"] = jax.random.uniform(keys[4], (n_outputs,), minval=0.005, maxval=0.02)
-        else:
-            w = jax.random.normal(keys[3], (self.rows, self.width), self.dtype)
-            made[weights] = jnp.where(alive.any(axis=0)[:, None], w, jnp.nan)
-        return made
-
-    def options(self) -> dict[str, Any]:
-        """Returns nothing: the arrays say all."""
-        return {}
-
-    def bytes(self) -> int:
-        """Returns the bytes of the rows expected in the union over the batch."""
-        active = self.rows - round(self.zeros * self.rows)
-        active = round(self.rows * (1 - (1 - active / self.rows) ** self.batch))
-        return active * self.width * (1 if self.quantized else jnp.dtype(self.dtype).itemsize)
-
-    def limit(self) -> float:
-        """Returns the tolerance of sums over the axis that is summed."""
-        return tolerance.limit(self.dtype, self.width if self.gated else self.rows)
-
-
-_TUNED = ("bench", "tune")
-
-# Batch, F, M, share of zeros, type, int8, uses: cases of both ops.
-CASES = (
-    (1, 512, 256, 0.5, "float32"),
-    (1, 2100, 1160, 0.7, "bfloat16"),  # several steps and programs, and no multiple of anything
-    (1, 256, 128, 0.0, "float32"),
-    (2, 300, 200, 0.5, "bfloat16"),
-    (3, 1100, 328, 0.7, "float32"),
-    (8, 512, 384, 0.9, "bfloat16"),
-    (1, 512, 256, 0.5, "bfloat16", True),
-    (4, 300, 200, 0.7, "float32", True),
-    *(
-        (1, f, m, zeros, "bfloat16", False, _TUNED if zeros == 0.5 else ("bench",))
-        for f, m in ((14336, 4096), (4096, 14336))
-        for zeros in (0.0, 0.5, 0.7)
-    ),
-    (1, 4096, 4096, 0.5, "bfloat16", False, _TUNED),  # the projections of queries and outputs
-    *((b, 14336, 4096, 0.5, "bfloat16", False, _TUNED) for b in (2, 4, 8)),
-    *((1, f, m, 0.5, "bfloat16", True, _TUNED) for f, m in ((14336, 4096), (4096, 14336))),
-    *((1, 14336, 4096, 0.5, dtype, False, ("bench",)) for dtype in ("float16", "float32")),
-)

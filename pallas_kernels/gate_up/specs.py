@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import tolerance
 from pallas_kernels.gate_up import gate_up, gpu
-from pallas_kernels.op import Op, Spec
+from pallas_kernels.op import Op
+from pallas_kernels.sparse_cases import SparseSpec
 
 __all__ = ["OP", "GateUpSpec"]
 
@@ -16,24 +17,15 @@ _DEAD = 0.05  # how large gates are that fall below their level; the others are 
 
 
 @dataclass(frozen=True)
-class GateUpSpec(Spec):
-    """Sizes in the alphabet. zeros: exact share of each batch row, at places of its own."""
+class GateUpSpec(SparseSpec):
+    """A case; what it leaves out are gates below the level."""
 
-    batch: int
-    rows: int  # F
-    width: int  # M
-    zeros: float
-    dtype: str = "bfloat16"
-    quantized: bool = False
-    uses: tuple[str, ...] = ("test",)
     act: str = "silu"
 
     @property
     def name(self) -> str:
         """For example b1-f14336-m4096-z50-bfloat16."""
-        kind = f"int8-{self.dtype}" if self.quantized else self.dtype
-        act = "" if self.act == "silu" else f"-{self.act}"
-        return f"b{self.batch}-f{self.rows}-m{self.width}-z{100 * self.zeros:.0f}-{kind}{act}"
+        return super().name + ("" if self.act == "silu" else f"-{self.act}")
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs; rows of up that no batch row needs are NaN.
@@ -42,11 +34,9 @@ class GateUpSpec(Spec):
         as it should be.
         """
         keys = jax.random.split(key, 6)
-        shape = (self.batch, self.rows)
-        rank = jnp.argsort(jnp.argsort(jax.random.uniform(keys[0], shape), axis=1), axis=1)
-        alive = rank >= round(self.zeros * self.rows)
-        size = jax.random.uniform(keys[1], shape, minval=1.0, maxval=3.0)
-        size = jnp.where(alive, size, _DEAD * jax.random.normal(keys[2], shape))
+        alive = self.alive(keys[0])
+        size = jax.random.uniform(keys[1], alive.shape, minval=1.0, maxval=3.0)
+        size = jnp.where(alive, size, _DEAD * jax.random.normal(keys[2], alive.shape))
         x, _ = jnp.linalg.qr(jax.random.normal(keys[3], (self.width, self.batch)))
         x = (x.T * self.width**0.5).astype(self.dtype)  # [B M], of about 1 each
         gate_t = size.T @ x.astype(jnp.float32) / self.width
@@ -65,9 +55,7 @@ class GateUpSpec(Spec):
 
     def bytes(self) -> int:
         """Returns the bytes of the gate, and of the rows of up expected in the union over the batch."""
-        active = self.rows * (1 - self.zeros**self.batch)
-        size = 1 if self.quantized else jnp.dtype(self.dtype).itemsize
-        return round(self.rows + active) * self.width * size
+        return self.rows * self.width * self.itemsize + super().bytes()
 
     def limit(self) -> float:
         """Returns the tolerance of products of two sums over the width, one of them rounded twice."""

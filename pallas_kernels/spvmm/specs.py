@@ -1,7 +1,7 @@
 """The cases of spvmm that are tested, timed and tuned."""
 
 from pallas_kernels.op import Op
-from pallas_kernels.sparse_matvec import CASES, MatvecSpec
+from pallas_kernels.sparse_cases import CASES, MatvecSpec
 from pallas_kernels.spvmm import gpu, spvmm
 
 __all__ = ["OP"]

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pallas_kernels import spvmm_each, tuning
 from pallas_kernels.backend import Target, aim
-from pallas_kernels.sparse_matvec import MatvecSpec, block_order
+from pallas_kernels.sparse_cases import MatvecSpec
+from pallas_kernels.sparse_matvec import block_order
 from pallas_kernels.spvmm import gpu as spvmm_gpu
 from pallas_kernels.spvmm import spvmm
 from pallas_kernels.spvmm.specs import OP as SPVMM
