@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kvjax
-from kvjax import loop, measure
+from kvjax import measure, reading
 from kvjax.method import CacheMethod
 from kvjax.sampling import Sampling
 
@@ -49,7 +49,7 @@ class Asked:
         forced = np.full((len(lengths), size), -2, np.int32)
         for row, tokens in zip(forced, continuations, strict=True):
             row[: len(tokens)] = tokens
-        ids = loop.pad([self._fitting(context, size)] * len(lengths))
+        ids = reading.pad([self._fitting(context, size)] * len(lengths))
         logits, state = kvjax.prefill(self.model, ids, self.method, room=size, compress=self.compress)
         steps = max(lengths)
         kept = kvjax.decode(self.model, logits, state, self.method, forced, steps=steps, keep_logits=True)[3]

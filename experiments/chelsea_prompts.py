@@ -13,11 +13,12 @@ from experiments import decode_model
 from experiments.cases import Case, prompts
 from experiments.chelsea_cases import Speed, chelsea
 from experiments.chelsea_steps import filled
-from kvjax import cache, loop, measure, states
+from kvjax import cache, measure, reading, states
 from kvjax.method import CacheMethod
 from kvjax.methods.chelsea import Chelsea
 from kvjax.methods.full import Full
 from kvjax.model import Model
+from kvjax.program import Program
 from kvjax.states import State
 
 __all__ = ["clustering", "serve", "served", "streamed"]
@@ -80,10 +81,10 @@ def clustering(model: Model, method: Chelsea, case: Case, settings: Speed) -> fl
     state, c = decode_model.occupied(state, case.tokens, settings.seed), model.config
     q = jnp.zeros((case.batch, 1, c.n_kv_heads, c.group, c.head_dim), model.dtype)  # Chelsea reads no queries
     pos = jnp.full((case.batch, 1), case.tokens - 1, jnp.int32)
-    program, times = loop.Program.of(model, method), []
+    program, times = Program.of(model, method), []
     for _ in range(settings.samples + 1):
         start = time.perf_counter()
-        jax.block_until_ready(loop._compress_all(state, (q,) * c.n_layers, pos, program))
+        jax.block_until_ready(reading._compress_all(state, (q,) * c.n_layers, pos, program))
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 

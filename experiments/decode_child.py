@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments import decode_model
-from kvjax import loop, sharding, states
+from kvjax import decoding, sharding, states
 from kvjax.methods.full import Full
+from kvjax.program import Program
 from pallas_kernels import dispatch
 from pallas_kernels.topology import Described
 
@@ -52,14 +53,14 @@ def main(request: str) -> None:
 def compiled_step(at: Described, config: Any, batch: int, slots: int) -> dict:
     """Compiles one step with the full cache, spread over the KV heads; all bytes are of one device."""
     mesh, model = at.mesh(), decode_model.abstract("shapes", config)
-    program = dataclasses.replace(loop.Program.of(model, Full()), mesh=mesh)
+    program = dataclasses.replace(Program.of(model, Full()), mesh=mesh)
     state = jax.eval_shape(lambda: states.init_state(model, Full(), batch, slots))
     state = _placed(state, sharding.of_state(state, mesh))
     params = _placed(model.params, sharding.of_parameters(model.params, mesh))
     ids = _on_all(jax.ShapeDtypeStruct((batch, 1), jnp.int32), mesh)
     start = time.perf_counter()
     with at.compiling(), dispatch.watch() as taken:
-        step = loop._step.lower({"params": params}, ids, ids, state, program=program).compile()
+        step = decoding._step.lower({"params": params}, ids, ids, state, program=program).compile()
     compile_s, memory, text = time.perf_counter() - start, step.memory_analysis(), step.as_text()
     found = {
         f"{name}_bytes": getattr(memory, f"{name}_size_in_bytes")

@@ -23,7 +23,7 @@ import numpy as np
 import kvjax
 from experiments import leoam_fault_child as child
 from experiments import leoam_fault_kills as kills
-from kvjax import blocks, disk, loop
+from kvjax import blocks, disk, reading
 from kvjax.blocks import BlockFile
 from kvjax.contexts import Context, load_context, recover_context, save_context
 from kvjax.disk_pace import Pace
@@ -212,7 +212,7 @@ class DiskFaults:
         usage, ran = shutil.disk_usage(folder)._replace(free=10_000), []
         with (
             _patched(shutil, "disk_usage", lambda _: usage),
-            _patched(loop, "_read", lambda *_, **__: ran.append(1)),
+            _patched(reading, "_read", lambda *_, **__: ran.append(1)),
         ):
             error = _tried(lambda: self._prompt(method), OSError)[1]
         told = error is not None and "fits its disk" in str(error) and not ran

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 import kvjax
 from experiments import passkey
-from kvjax import loop, measure, replay, states, text
+from kvjax import measure, reading, replay, states, text
 from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.models.decoder import Record
@@ -74,7 +74,7 @@ class Prose:
         """Returns the logits after each token of the rest, and the state."""
         if not self.by_step:
             state = states.widen(state, self.model, method, self.rest.shape[1])
-        logits, read = [], self._decoded if self.by_step else loop.read
+        logits, read = [], self._decoded if self.by_step else reading.read
         for start in range(0, self.rest.shape[1], _PIECE):
             part, state = read(self.model, self.rest[:, start : start + _PIECE], method, state)
             logits.append(np.asarray(part, np.float32))

@@ -2,11 +2,12 @@
 
 from kvjax.contexts import load_context, recover_context, save_context
 from kvjax.debug import debug
+from kvjax.decoding import decode, decode_step
 from kvjax.generate import Completion, generate, stream
-from kvjax.loop import decode, decode_step, pad, prefill
 from kvjax.method import CacheMethod, chain
 from kvjax.methods import METHODS
 from kvjax.model import Model, load
+from kvjax.reading import pad, prefill
 from kvjax.sampling import Sampling
 from kvjax.sparsity import SPARSITIES
 

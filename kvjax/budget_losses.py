@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 
-from kvjax import cache, clustering, loop, measure, replay
+from kvjax import cache, clustering, measure, reading, replay
 from kvjax.budgets import Shares
 from kvjax.cache import KV
 from kvjax.clustering import Matching
@@ -157,7 +157,7 @@ class _Ends:
         """Yields the logits after each token of the ends, in pieces. The states are kept."""
         state = jax.tree.map(jnp.copy, state)
         for start in range(0, self.rest.shape[1], _PIECE):
-            part, state = loop.read(self.model, self.rest[:, start : start + _PIECE], Full(), state)
+            part, state = reading.read(self.model, self.rest[:, start : start + _PIECE], Full(), state)
             yield part
 
 

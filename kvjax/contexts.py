@@ -21,10 +21,10 @@ from jaxtyping import Int
 from kvjax import blocks, context_folder, disk, measure
 from kvjax.cache import KV, Layer
 from kvjax.chunk_store import Store
-from kvjax.loop import prefill
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.model import Model, fingerprint
+from kvjax.reading import prefill
 from kvjax.states import State
 
 __all__ = ["Context", "load_context", "recover_context", "save_context"]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from kvjax.loop import decode, pad, prefill
+from kvjax.decoding import decode
 from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.model import Model
+from kvjax.reading import pad, prefill
 from kvjax.sampling import Sampling
 from kvjax.states import State
 from kvjax.thresholds import Thresholds

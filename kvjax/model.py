@@ -53,7 +53,7 @@ class Model:
             >>> model.logits(model.tokenizer.encode("The capital of France is")).shape
             (1, 5, 49152)
         """
-        from kvjax.loop import prompt_logits
+        from kvjax.reading import prompt_logits
 
         return prompt_logits(self, np.atleast_2d(np.asarray(ids)))
 

@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import cache
 from kvjax.cache import KV, Layer
-from kvjax.loop import Program, pad
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
 from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.models.decoder import Record
+from kvjax.program import Program
+from kvjax.reading import pad
 from kvjax.states import State, init_state, settle
 
 __all__ = ["finish", "read", "record", "replay"]

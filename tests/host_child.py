@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from method_cases import codebooks
 
 from experiments import decode_model
-from kvjax import far_tree, loop, states, tiers
+from kvjax import decoding, far_tree, reading, states, tiers
 from kvjax.methods import layers, per_layer
 from kvjax.methods.a2ats import A2ATS
 from kvjax.methods.leoam import LeoAM
+from kvjax.program import Program
 from kvjax.sampling import Sampling
 from pallas_kernels import dispatch
 from pallas_kernels.host import on_host
@@ -37,12 +38,12 @@ def programs(at: Described):
     params, logits, state, wide, one, some, many = at.spread(
         (model.variables, logits, state, wide, one, some, many)
     )
-    program = {"program": loop.Program.of(model, method)}
+    program = {"program": Program.of(model, method)}
     limits = Sampling().limits()
-    yield "chunk of a prompt", loop._read, (params, many, many, wide), program | {"n_queries": 1}
-    yield "step", loop._step, (params, one, one, state), program
+    yield "chunk of a prompt", reading._read, (params, many, many, wide), program | {"n_queries": 1}
+    yield "step", decoding._step, (params, one, one, state), program
     steps = {"limits": limits, "keep_logits": False}
-    yield "steps", loop._decode, (params, logits, state, some, jnp.int32(3)), program | steps
+    yield "steps", decoding._decode, (params, logits, state, some, jnp.int32(3)), program | steps
     yield "flush", states._flush, (state[0],), {}
     yield "flush of a chunk", states._flush, (wide[0],), {}
 
@@ -61,8 +62,8 @@ def leoam_programs(at: Described):
         some = jax.ShapeDtypeStruct((BATCH, tiers.STEPS), jnp.int32)
         logits = jax.ShapeDtypeStruct((BATCH, model.config.vocab_size), jnp.float32)
         args = at.spread((model.variables, logits, jax.eval_shape(make), some))
-        program = {"program": loop.Program.of(model, method)}
-        yield f"steps with {name}", loop._decode, (*args, jnp.int32(3)), program | steps
+        program = {"program": Program.of(model, method)}
+        yield f"steps with {name}", decoding._decode, (*args, jnp.int32(3)), program | steps
         kv = args[2][0]
         if method.abstracts == "host":
             tree, options = kv.aux, {"room": tiers.STEPS, "slots": kv.slots, "shape": method.shape}

@@ -12,9 +12,10 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from method_cases import codebooks
 
 from experiments import decode_model
-from kvjax import far_tree, loop, states, tiers
+from kvjax import decoding, far_tree, reading, states, tiers
 from kvjax.methods.a2ats import A2ATS
 from kvjax.methods.leoam import LeoAM
+from kvjax.program import Program
 from kvjax.sampling import Sampling
 from pallas_kernels import dispatch
 from pallas_kernels.topology import Described
@@ -26,7 +27,7 @@ def programs(host_bits):
     """The programs, traced with small arrays in the host memory of this machine."""
     model = decode_model.random("tiny", decode_model.config_of("tiny", LAYERS), 0)
     method = A2ATS(60, codebooks(model), far=64, tier="host", host_bits=host_bits)
-    program = loop.Program.of(model, method)
+    program = Program.of(model, method)
     state = states.init_state(model, method, BATCH, SLOTS)
     wide = states.settle(state, program.methods, CHUNK)
     limits, logits = Sampling().limits(), jnp.zeros((BATCH, model.config.vocab_size))
@@ -35,10 +36,10 @@ def programs(host_bits):
     options = {"program": program, "keep_logits": False}
     return {
         "flush": lambda: states._flush.trace(state[0]),
-        "decode": lambda: loop._decode.trace(
+        "decode": lambda: decoding._decode.trace(
             model.variables, logits, state, forced, steps, limits, **options
         ),
-        "read": lambda: loop._read.trace(model.variables, ids, ids, wide, program=program, n_queries=1),
+        "read": lambda: reading._read.trace(model.variables, ids, ids, wide, program=program, n_queries=1),
     }
 
 
@@ -46,13 +47,13 @@ def abstracts():
     """The programs that touch abstracts on the host."""
     model = decode_model.random("tiny", decode_model.config_of("tiny", LAYERS), 0)
     method = LeoAM(64, tier="host", abstracts="host")
-    program = loop.Program.of(model, method)
+    program = Program.of(model, method)
     state = states.init_state(model, method, BATCH, SLOTS)
     limits, logits = Sampling().limits(), jnp.zeros((BATCH, model.config.vocab_size))
     forced, steps = np.full((BATCH, tiers.STEPS), -1, np.int32), np.int32(tiers.STEPS)
     kv, shape = state[0], program.methods[0].shape
     return {
-        "decode with abstracts": lambda: loop._decode.trace(
+        "decode with abstracts": lambda: decoding._decode.trace(
             model.variables, logits, state, forced, steps, limits, program=program, keep_logits=False
         ),
         "flush of abstracts": lambda: far_tree._settled.trace(

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from experiments import decode_model
-from kvjax import loop, states
+from kvjax import reading, states
 from kvjax.cache import Layer
 from kvjax.methods.full import Full
 from kvjax.models.config import RopeConfig
 from kvjax.prefill_attention import attend_prompt
+from kvjax.program import Program
 from pallas_kernels import dispatch
 from pallas_kernels.topology import Described
 
@@ -42,8 +43,8 @@ def whole_prompt(at: Described, n_layers: int = 1) -> jax.stages.Compiled:
     state = jax.eval_shape(lambda: states.init_state(model, Full(), 1, 1024))
     ids = jax.ShapeDtypeStruct((1, 256), jnp.int32)
     params, ids, state = at.spread((model.variables, ids, state))
-    program = loop.Program.of(model, Full())
-    return loop._read.lower(params, ids, ids, state, program=program).compile()
+    program = Program.of(model, Full())
+    return reading._read.lower(params, ids, ids, state, program=program).compile()
 
 
 def attention(at: Described, sizes: tuple, dtype=jnp.bfloat16, **options) -> str:

@@ -12,9 +12,10 @@ from method_cases import codebooks
 from tiny_models import tiny
 
 import kvjax
-from kvjax import loop, measure, sharding
+from kvjax import decoding, measure, sharding
 from kvjax.method import Chain
 from kvjax.methods import METHODS, make
+from kvjax.program import Program
 
 BUDGET, N_DEVICES, N_NEW = 40, 4, 4
 RNG = np.random.default_rng(0)
@@ -63,8 +64,8 @@ def compare(model, spread, method, **options) -> dict:
     own = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     found = {"error": float(np.abs(ours - expected).max()), "share": own / measure.nbytes(state)}
     if isinstance(method, Chain):  # the step of one composed method stands for all
-        program, ids = loop.Program.of(spread, method), jnp.zeros((2, 1), jnp.int32)
-        step = loop._step.lower(spread.variables, ids, ids, state, program=program).compile()
+        program, ids = Program.of(spread, method), jnp.zeros((2, 1), jnp.int32)
+        step = decoding._step.lower(spread.variables, ids, ids, state, program=program).compile()
         gathers = sum(f"all-{word}(" in step.as_text() for word in ("gather", "to-all"))
         found |= {"aliased": step.memory_analysis().alias_size_in_bytes / own, "gathers": gathers}
     return found

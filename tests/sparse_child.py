@@ -13,10 +13,11 @@ import optax
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from experiments import decode_model
-from kvjax import loop, states, thresholds
+from kvjax import decoding, states, thresholds
 from kvjax.calibrate import refine_thresholds
 from kvjax.methods.full import Full
 from kvjax.models import quantize
+from kvjax.program import Program
 from kvjax.sparsity.chess import Chess
 from kvjax.sparsity.teal import Teal
 from kvjax.thresholds import Site, Threshold
@@ -56,7 +57,7 @@ def refinement(at):
     state = jax.eval_shape(lambda: states.init_state(model, Full(), 2, 512, 512))
     ids = jax.ShapeDtypeStruct((2, 512), jnp.int32)
     args = at.spread((model.variables, ids, state, learner, number, number))
-    return refine_thresholds._step.lower(*args, program=loop.Program.of(model, Full()), group=1)
+    return refine_thresholds._step.lower(*args, program=Program.of(model, Full()), group=1)
 
 
 def main(device: str) -> None:
@@ -73,10 +74,10 @@ def main(device: str) -> None:
             model = model if method is None else sparse(model, method)
             state = jax.eval_shape(lambda model=model: states.init_state(model, Full(), 2, 256))
             ids = jax.ShapeDtypeStruct((2, 1), jnp.int32)
-            program = loop.Program.of(model, Full())
+            program = Program.of(model, Full())
             variables, ids, state = at.spread((model.variables, ids, state))
             with at.compiling(), dispatch.watch() as taken:
-                loop._step.lower(variables, ids, ids, state, program=program).compile()
+                decoding._step.lower(variables, ids, ids, state, program=program).compile()
             print(json.dumps({"name": name, "codes": codes, "taken": taken}), flush=True)
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments import decode_model
-from kvjax import loop, measure, spec, states
+from kvjax import decoding, measure, spec, states
+from kvjax.program import Program
 from kvjax.sampling import Sampling
 from pallas_kernels.topology import Described
 
@@ -25,9 +26,9 @@ def decode_loop(at: Described, method, n_layers: int) -> tuple[jax.stages.Compil
     forced, steps = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
     limits = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Sampling().limits()))
     args = at.spread((model.variables, logits, state, forced, steps, limits))
-    options = {"program": loop.Program.of(model, method), "keep_logits": False}
+    options = {"program": Program.of(model, method), "keep_logits": False}
     with at.compiling():
-        return loop._decode.lower(*args, **options).compile(), measure.nbytes(state)
+        return decoding._decode.lower(*args, **options).compile(), measure.nbytes(state)
 
 
 def main(*methods: str) -> None:

@@ -10,10 +10,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.calibrate import quantiles
-from kvjax.loop import Program
 from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.model import Model
+from kvjax.program import Program
 from kvjax.states import State, init_state
 from kvjax.thresholds import Threshold
 

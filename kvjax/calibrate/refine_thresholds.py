@@ -24,10 +24,10 @@ from jaxtyping import Array, Float, Int
 from rich.progress import Progress
 
 from kvjax.calibrate import activations
-from kvjax.loop import Program
 from kvjax.methods.full import Full
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig
+from kvjax.program import Program
 from kvjax.states import init_state
 from kvjax.thresholds import Site, Threshold, Thresholds, collection
 

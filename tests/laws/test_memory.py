@@ -9,11 +9,12 @@ import pytest
 from method_cases import codebooks
 
 import kvjax
-from kvjax import loop, measure, states
+from kvjax import decoding, measure, states
 from kvjax.method import CacheMethod
 from kvjax.methods import METHODS, make
 from kvjax.model import Model
 from kvjax.models.config import ModelConfig, RopeConfig
+from kvjax.program import Program
 
 N_LAYERS, CONTEXT, NEW, BATCH = 3, 2048, 256, 4
 TOTAL = CONTEXT + NEW
@@ -69,7 +70,7 @@ CASES["snapkv+kivi4"] = kvjax.chain(CASES["snapkv"], make("kivi", bits=4))
 
 def decoding_state(method: CacheMethod):
     """The state after a prompt of CONTEXT tokens, as shapes."""
-    program = loop.Program.of(MODEL, method)
+    program = Program.of(MODEL, method)
 
     def prompt_read():
         state = states.init_state(MODEL, method, BATCH, TOTAL, CONTEXT)
@@ -104,7 +105,8 @@ def test_quantised_storage_holds_what_it_says(bits, share):
 def test_the_compiled_step_makes_no_copy_of_the_cache(name):
     program, state = decoding_state(CASES[name])
     ids = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
-    memory = loop._step.lower(MODEL.variables, ids, ids, state, program=program).compile().memory_analysis()
+    step = decoding._step.lower(MODEL.variables, ids, ids, state, program=program).compile()
+    memory = step.memory_analysis()
     cache, params = measure.nbytes(state), 4 * MODEL.config.n_params()
     assert memory.alias_size_in_bytes >= cache
     assert memory.argument_size_in_bytes <= (cache + params) * 1.001 + 4096

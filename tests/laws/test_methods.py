@@ -10,10 +10,11 @@ import pytest
 from method_cases import BUDGET, CASES, EVICTS, FORCED, MODELS, NEW, PROMPT, PROMPTS, run, settings
 
 import kvjax
-from kvjax import cache, loop, measure, states, storage
+from kvjax import cache, decoding, measure, states, storage
 from kvjax.method import CacheMethod
 from kvjax.methods import METHODS, make, per_layer
 from kvjax.model import Model
+from kvjax.program import Program
 
 every_method = pytest.mark.parametrize("name", CASES)
 every_model = pytest.mark.parametrize("model_name", MODELS)
@@ -52,11 +53,11 @@ def test_no_occupied_slot_lies_beyond_the_extent(name):
 @every_method
 def test_equal_settings_compile_once(name):
     run(MODELS["G2"], CASES[name])
-    before = loop._decode._cache_size()
+    before = decoding._decode._cache_size()
     copy = dataclasses.replace(CASES[name])
     assert copy is not CASES[name]
     run(MODELS["G2"], copy)
-    assert loop._decode._cache_size() == before
+    assert decoding._decode._cache_size() == before
 
 
 @everywhere
@@ -231,7 +232,7 @@ def compiled_step(model: Model, method: CacheMethod, prompt: int, new: int):
 
     state = jax.eval_shape(prepared)
     ids = jnp.zeros((1, 1), jnp.int32)
-    lowered = loop._step.lower(model.variables, ids, ids, state, program=loop.Program.of(model, method))
+    lowered = decoding._step.lower(model.variables, ids, ids, state, program=Program.of(model, method))
     return lowered.compile().memory_analysis(), state
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from method_cases import BUDGET, FORCED, MODELS, NEW, PROMPTS, run, settings, tiny
 
 import kvjax
-from kvjax import budgets, cache, loop, storage, text
+from kvjax import budgets, cache, decoding, storage, text
 from kvjax.budgets import Shares
 from kvjax.clustering import Matching
 from kvjax.methods import make
@@ -80,7 +80,7 @@ def test_masses_are_the_tokens_seen_and_budgets_hold(first, later, seed):
         for i in range(max(counts)):
             runs = np.array([i < n for n in counts])
             forced = np.where(runs, 7, -2)[:, None]  # -2: the row has ended
-            _, logits, state, _ = loop.decode(SHALLOW, logits, state, CHELSEA, forced)
+            _, logits, state, _ = decoding.decode(SHALLOW, logits, state, CHELSEA, forced)
             seen = seen + runs
             check(state, seen)
 
@@ -153,7 +153,7 @@ def test_quantised_slots_merge_like_others():
     counts = []
     for _ in range(2 * chelsea().slack):
         forced = np.full((2, 1), 5)
-        _, logits, state, _ = loop.decode(MODEL, logits, state, kvjax.chain(chelsea(), kivi), forced)
+        _, logits, state, _ = decoding.decode(MODEL, logits, state, kvjax.chain(chelsea(), kivi), forced)
         seen = seen + 1
         check(state, seen, (BUDGET,) * 2)
         counts.append(int(state[0].fill[0, 0]))
@@ -167,14 +167,14 @@ def test_a_clustering_in_the_decode_loop_compiles_nothing():
     method = chelsea()
     logits, state = kvjax.prefill(MODEL, PROMPTS, method, room=NEW)
     options = {"forced": np.full((2, 4), -1)}
-    _, logits, state, _ = loop.decode(MODEL, logits, state, method, **options)
-    before = loop._decode._cache_size()
+    _, logits, state, _ = decoding.decode(MODEL, logits, state, method, **options)
+    before = decoding._decode._cache_size()
     counts = [int(state[0].fill.max())]
     for _ in range(4):
-        _, logits, state, _ = loop.decode(MODEL, logits, state, method, **options)
+        _, logits, state, _ = decoding.decode(MODEL, logits, state, method, **options)
         counts.append(int(state[0].fill.max()))
     assert set(np.diff(counts)) == {4, 4 - method.slack}  # with and without
-    assert loop._decode._cache_size() == before
+    assert decoding._decode._cache_size() == before
 
 
 @pytest.mark.parametrize("budget", [27, np.array([[48, 48], [48, 27]])])

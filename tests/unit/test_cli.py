@@ -4,7 +4,7 @@ import io
 import pytest
 
 import kvjax
-from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, loop, spec
+from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, reading, spec
 from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
 
@@ -71,7 +71,7 @@ def test_what_was_read_comes_before_a_prompt(loaded, capsys, tmp_path, method):
 )
 def test_what_cannot_be_saved_is_told_before_it_is_read(loaded, capsys, tmp_path, monkeypatch, more, message):
     (tmp_path / "text").write_text("Once upon a time there was a model. ")
-    monkeypatch.setattr(loop, "_read", lambda *args, **kwargs: pytest.fail("the text was read"))
+    monkeypatch.setattr(reading, "_read", lambda *args, **kwargs: pytest.fail("the text was read"))
     assert cli.main(["read", str(tmp_path / "text"), "--out", str(tmp_path / "book"), *more]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from method_cases import MODELS
 
 import kvjax
-from kvjax import blocks, disk, loop, tiers
+from kvjax import blocks, disk, reading, tiers
 from kvjax.blocks import DamagedBlock
 from kvjax.chunk_codes import bytes4
 from kvjax.chunk_files import Layout
@@ -260,7 +260,7 @@ def subprocess_lock(folder):
 def test_too_small_a_disk_is_told_before_the_prompt_is_read(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(loop, "_read", lambda *args, **kwargs: pytest.fail("the prompt was read"))
+    monkeypatch.setattr(reading, "_read", lambda *args, **kwargs: pytest.fail("the prompt was read"))
     with pytest.raises(OSError, match="fits its disk"):
         read(on_disk(tmp_path))
 

@@ -11,7 +11,7 @@ from method_cases import MODELS, PROMPTS, codebooks
 import kvjax
 from experiments import lru, selections
 from experiments.selections import Steps
-from kvjax import loop, tiers
+from kvjax import decoding, tiers
 from kvjax.methods.a2ats import A2ATS
 
 RNG = np.random.default_rng(3)
@@ -96,7 +96,7 @@ def counted(model: kvjax.Model, **how) -> list[dict[int, tuple[np.ndarray, np.nd
     logits, state = kvjax.prefill(model, PROMPTS, method, room=N_REST)
     for start in range(0, N_REST, tiers.STEPS):
         forced = DOCUMENTS[:, PROMPTS.shape[1] + start :][:, : tiers.STEPS]
-        _, logits, state, _ = loop.decode(model, logits, state, method, forced)
+        _, logits, state, _ = decoding.decode(model, logits, state, method, forced)
         tier = {i: kv.tier for i, kv in enumerate(state) if kv.tier is not None}
         found.append(
             {i: (np.asarray(t.read), np.asarray(t.missed), t.held.shape[2]) for i, t in tier.items()}

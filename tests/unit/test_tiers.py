@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from method_cases import MODELS, PROMPTS, codebooks
 
 import kvjax
-from kvjax import loop, measure, states, tiers
+from kvjax import decoding, measure, states, tiers
 from kvjax.cache import Layer
 from kvjax.methods import per_layer
 from kvjax.methods.a2ats import A2ATS
 from kvjax.models.config import RopeConfig
+from kvjax.program import Program
 from kvjax.sampling import Sampling
 from pallas_kernels.backend import Target, aim
 from pallas_kernels.host import Blocks, Pages, as_pages, as_rows, unpaired
@@ -33,7 +34,8 @@ def a2ats(**settings) -> A2ATS:
 def decoded(method, prompts=PROMPTS, forced=FORCED, **options):
     """Tokens, logits and the state after a prompt in chunks and forced tokens."""
     logits, state = kvjax.prefill(MODEL, prompts, method, room=forced.shape[1], chunk=32)
-    tokens, _, state, kept = loop.decode(MODEL, logits, state, method, forced, keep_logits=True, **options)
+    options |= {"keep_logits": True}
+    tokens, _, state, kept = decoding.decode(MODEL, logits, state, method, forced, **options)
     return np.asarray(tokens), np.asarray(kept), state
 
 
@@ -70,7 +72,7 @@ def test_pages_of_a_tpu_give_the_bits_of_the_device(on_device):
     with aim(TPU):
         state = states.init_state(MODEL, method, 2, 96 + STEPS)
     logits, state = kvjax.prefill(MODEL, PROMPTS, method, state=state, chunk=32)
-    _, _, state, kept = loop.decode(MODEL, logits, state, method, FORCED, keep_logits=True)
+    _, _, state, kept = decoding.decode(MODEL, logits, state, method, FORCED, keep_logits=True)
     np.testing.assert_array_equal(kept, on_device[1])
     for kv, other in zip(state, on_device[2], strict=True):
         alive = np.asarray(kv.mass) > 0
@@ -91,7 +93,7 @@ def test_prompts_of_different_lengths_that_go_on_and_stop():
         logits, state = kvjax.prefill(MODEL, rows, method, room=2 * STEPS, chunk=32)
         logits, state = kvjax.decode_step(MODEL, np.asarray([5, -1]), state, method)
         logits, state = kvjax.prefill(MODEL, PROMPTS[:, :20], method, state=state)
-        tokens, logits, state, _ = loop.decode(MODEL, logits, state, method, forced, sampling=stop)
+        tokens, logits, state, _ = decoding.decode(MODEL, logits, state, method, forced, sampling=stop)
         return np.asarray(tokens), np.asarray(logits)
 
     for mine, theirs in zip(both(a2ats(tier="host")), both(a2ats()), strict=True):
@@ -205,8 +207,8 @@ def test_staged_rows_that_overflow_are_an_error_in_debug_mode():
     method = a2ats(tier="host")
     _, state = kvjax.prefill(MODEL, PROMPTS, method, room=200)
     step = kvjax.debug(
-        lambda s: loop._step(
-            MODEL.variables, FORCED[:, :1], s[0].seen[:, None], s, program=loop.Program.of(MODEL, method)
+        lambda s: decoding._step(
+            MODEL.variables, FORCED[:, :1], s[0].seen[:, None], s, program=Program.of(MODEL, method)
         )
     )
     for _ in range(tiers.STEPS):
