@@ -9,14 +9,39 @@ import jax.numpy as jnp
 from pallas_kernels import tolerance
 from pallas_kernels.op import Spec
 
-__all__ = ["CASES", "MatvecSpec", "SparseSpec"]
+__all__ = ["CASES", "MatvecSpec", "alive", "bytes_needed", "label", "weight_size"]
+
+
+def label(spec: Any) -> str:
+    """Returns the name of a case, for example b1-f14336-m4096-z50-bfloat16."""
+    kind = f"int8-{spec.dtype}" if spec.quantized else spec.dtype
+    return f"b{spec.batch}-f{spec.rows}-m{spec.width}-z{100 * spec.zeros:.0f}-{kind}"
+
+
+def alive(spec: Any, key: jax.Array) -> jax.Array:
+    """Returns which channels of each batch row are not left out, [B F]."""
+    shape = (spec.batch, spec.rows)
+    rank = jnp.argsort(jnp.argsort(jax.random.uniform(key, shape), axis=1), axis=1)
+    return rank >= round(spec.zeros * spec.rows)
+
+
+def bytes_needed(spec: Any) -> int:
+    """Returns the bytes of the rows of weights expected in the union over the batch."""
+    needed = round(spec.rows * (1 - spec.zeros**spec.batch))
+    return needed * spec.width * weight_size(spec)
+
+
+def weight_size(spec: Any) -> int:
+    """Returns the bytes of a weight."""
+    return 1 if spec.quantized else jnp.dtype(spec.dtype).itemsize
 
 
 @dataclass(frozen=True)
-class SparseSpec(Spec):
+class MatvecSpec(Spec):
     """Sizes in the alphabet. zeros: exact share of each batch row, at places of its own.
 
-    quantized: int8 weights.
+    quantized: int8 weights. gated: it is one of `vmmsp`, else of `spvmm`. cut: zeros are small numbers
+    below a level.
     """
 
     batch: int
@@ -26,57 +51,22 @@ class SparseSpec(Spec):
     dtype: str = "bfloat16"
     quantized: bool = False
     uses: tuple[str, ...] = ("test",)
-
-    @property
-    def name(self) -> str:
-        """For example b1-f14336-m4096-z50-bfloat16."""
-        kind = f"int8-{self.dtype}" if self.quantized else self.dtype
-        return f"b{self.batch}-f{self.rows}-m{self.width}-z{100 * self.zeros:.0f}-{kind}"
-
-    def alive(self, key: jax.Array) -> jax.Array:
-        """Returns which channels of each batch row are not left out, [B F]."""
-        shape = (self.batch, self.rows)
-        rank = jnp.argsort(jnp.argsort(jax.random.uniform(key, shape), axis=1), axis=1)
-        return rank >= round(self.zeros * self.rows)
-
-    def options(self) -> dict[str, Any]:
-        """Returns nothing: the arrays say all."""
-        return {}
-
-    def bytes(self) -> int:
-        """Returns the bytes of the rows expected in the union over the batch."""
-        active = self.rows * (1 - self.zeros**self.batch)
-        return round(active) * self.width * self.itemsize
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a weight."""
-        return 1 if self.quantized else jnp.dtype(self.dtype).itemsize
-
-
-@dataclass(frozen=True)
-class MatvecSpec(SparseSpec):
-    """A case of one product.
-
-    gated: it is one of `vmmsp`, else of `spvmm`. cut: zeros are small numbers below a level.
-    """
-
     gated: bool = field(default=False, kw_only=True)
     cut: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
         """For example b1-f14336-m4096-z50-bfloat16-cut."""
-        return super().name + ("-cut" if self.cut else "")
+        return label(self) + ("-cut" if self.cut else "")
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs; rows of weights that no batch row needs are NaN."""
         keys = jax.random.split(key, 5)
-        alive, values = self.alive(keys[0]), jax.random.normal(keys[1], (self.batch, self.rows))
-        sparse = jnp.where(alive, values, 0.0)
+        here, values = alive(self, keys[0]), jax.random.normal(keys[1], (self.batch, self.rows))
+        sparse = jnp.where(here, values, 0.0)
         made = {}
         if self.cut:
-            sparse = jnp.where(alive, values + jnp.sign(values), jnp.tanh(values) / 2)
+            sparse = jnp.where(here, values + jnp.sign(values), jnp.tanh(values) / 2)
             made["level"] = jnp.float32(0.75)
         made["gate" if self.gated else "x"] = sparse.astype(self.dtype)
         if self.gated:
@@ -88,8 +78,16 @@ class MatvecSpec(SparseSpec):
             made["scale"] = jax.random.uniform(keys[4], (n_outputs,), minval=0.005, maxval=0.02)
         else:
             w = jax.random.normal(keys[3], (self.rows, self.width), self.dtype)
-            made[weights] = jnp.where(alive.any(axis=0)[:, None], w, jnp.nan)
+            made[weights] = jnp.where(here.any(axis=0)[:, None], w, jnp.nan)
         return made
+
+    def options(self) -> dict[str, Any]:
+        """Returns nothing: the arrays say all."""
+        return {}
+
+    def bytes(self) -> int:
+        """Returns the bytes of the rows expected in the union over the batch."""
+        return bytes_needed(self)
 
     def limit(self) -> float:
         """Returns the tolerance of sums over the axis that is summed."""

@@ -1,5 +1,7 @@
 """The models, methods and prompts that the laws over methods run on."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,6 +51,7 @@ def tiny(group: int, n_kv_heads: int = 2, windows=(None, None)) -> Model:
 
 
 MODELS = {"G2": tiny(2), "G1 with a window": tiny(1, windows=(24, None))}
+ONE_LAYER = tiny(2, windows=(None,))  # as layers are alike, and each is compiled
 
 
 def codebooks(model: Model, seed: int = 0, n_codes: int = 24) -> Codebooks:
@@ -59,6 +62,13 @@ def codebooks(model: Model, seed: int = 0, n_codes: int = 24) -> Codebooks:
     centroids = rng.normal(size=(c.n_layers, c.n_kv_heads, n_codes, c.head_dim)) @ metric
     books = (jnp.asarray(x, jnp.float32) for x in (centroids, metric))
     return Codebooks(*books, tuple(w is not None for w in c.layer_windows), "tiny", 64, 64)
+
+
+def fitted(method: CacheMethod, model: Model) -> CacheMethod:
+    """Returns the method with codebooks for the model, if it has any."""
+    if not hasattr(method, "calibration"):
+        return method
+    return dataclasses.replace(method, calibration=codebooks(model))
 
 
 def settings(name: str, budget=BUDGET) -> dict:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import tolerance
 from pallas_kernels.gate_up import gate_up, gpu
-from pallas_kernels.op import Op
-from pallas_kernels.sparse_cases import SparseSpec
+from pallas_kernels.op import Op, Spec
+from pallas_kernels.sparse_cases import alive, bytes_needed, label, weight_size
 
 __all__ = ["OP", "GateUpSpec"]
 
@@ -17,15 +17,22 @@ _DEAD = 0.05  # how large gates are that fall below their level; the others are 
 
 
 @dataclass(frozen=True)
-class GateUpSpec(SparseSpec):
-    """A case; what it leaves out are gates below the level."""
+class GateUpSpec(Spec):
+    """Sizes in the alphabet. zeros: exact share of gates below the level in each batch row."""
 
+    batch: int
+    rows: int  # F
+    width: int  # M
+    zeros: float
+    dtype: str = "bfloat16"
+    quantized: bool = False
+    uses: tuple[str, ...] = ("test",)
     act: str = "silu"
 
     @property
     def name(self) -> str:
         """For example b1-f14336-m4096-z50-bfloat16."""
-        return super().name + ("" if self.act == "silu" else f"-{self.act}")
+        return label(self) + ("" if self.act == "silu" else f"-{self.act}")
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs; rows of up that no batch row needs are NaN.
@@ -34,9 +41,9 @@ class GateUpSpec(SparseSpec):
         as it should be.
         """
         keys = jax.random.split(key, 6)
-        alive = self.alive(keys[0])
-        size = jax.random.uniform(keys[1], alive.shape, minval=1.0, maxval=3.0)
-        size = jnp.where(alive, size, _DEAD * jax.random.normal(keys[2], alive.shape))
+        here = alive(self, keys[0])
+        size = jax.random.uniform(keys[1], here.shape, minval=1.0, maxval=3.0)
+        size = jnp.where(here, size, _DEAD * jax.random.normal(keys[2], here.shape))
         x, _ = jnp.linalg.qr(jax.random.normal(keys[3], (self.width, self.batch)))
         x = (x.T * self.width**0.5).astype(self.dtype)  # [B M], of about 1 each
         gate_t = size.T @ x.astype(jnp.float32) / self.width
@@ -46,7 +53,7 @@ class GateUpSpec(SparseSpec):
         if self.quantized:
             pairs = [_codes(gate_t), _codes(up_t)]
             return made | {"gate_t": pairs[0][0], "up_t": pairs[1][0], "scales": tuple(p[1] for p in pairs)}
-        up_t = jnp.where(alive.any(axis=0)[:, None], up_t, jnp.nan)
+        up_t = jnp.where(here.any(axis=0)[:, None], up_t, jnp.nan)
         return made | {"gate_t": gate_t.astype(self.dtype), "up_t": up_t.astype(self.dtype)}
 
     def options(self) -> dict[str, Any]:
@@ -55,7 +62,7 @@ class GateUpSpec(SparseSpec):
 
     def bytes(self) -> int:
         """Returns the bytes of the gate, and of the rows of up expected in the union over the batch."""
-        return self.rows * self.width * self.itemsize + super().bytes()
+        return self.rows * self.width * weight_size(self) + bytes_needed(self)
 
     def limit(self) -> float:
         """Returns the tolerance of products of two sums over the width, one of them rounded twice."""

@@ -20,9 +20,9 @@ COMPILERS = Path(sys.prefix) / "compilers"  # where `make test` puts libtpu and 
 NEWEST = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
 
 
-# The large cases are compiled for the least memory of each platform; of those for a middle one, a part.
+# All are compiled for the least memory of each platform; for the others, a part of the small ones.
 LARGE = ("v5e", "l4")
-MIDDLE = ("v5p", "a100")
+PARTS = {"v6e": "2", "h100": "2", "v5p": "4", "a100": "4"}  # every so manieth case
 
 
 @pytest.mark.parametrize("device", DEVICES if NEWEST else ("v5e", "h100"))
@@ -30,7 +30,7 @@ def test_every_kernel_compiles(device):
     if not COMPILERS.exists():
         pytest.fail(f"compilers are in {COMPILERS.name}/ of the environment, got none: run `make test`")
     path = os.pathsep.join(map(str, (HERE.parents[1], COMPILERS)))
-    uses = () if device in LARGE else ("test", "4" if device in MIDDLE else "1")
+    uses = () if device in LARGE else ("test", PARTS[device])
     run = subprocess.run(
         [sys.executable, HERE / "compile_child.py", device, *uses],
         env=os.environ | environment() | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,

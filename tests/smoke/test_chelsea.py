@@ -30,7 +30,7 @@ NAMES = {
 
 @pytest.mark.parametrize("command", SIZES)
 def test_every_row_is_measured_once_and_drawn(command, tmp_path, monkeypatch):
-    model = tiny(byte_tokenizer(), context=512)
+    model = tiny(byte_tokenizer(), context=512, windows=(None,))
     monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
     arguments = [command, *SIZES[command], "--out", str(tmp_path)]
     assert chelsea.main(arguments) == 0

@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Compiling all 30 layers of SmolLM2 for a dozen programs would take a minute of every test run.
 FEWER_LAYERS = """
 import dataclasses
-c = dataclasses.replace(c, n_layers=6, layer_windows=c.layer_windows[:6])
+c = dataclasses.replace(c, n_layers=3, layer_windows=c.layer_windows[:3])
 model = dataclasses.replace(model, config=c)
 """
 PNG = b"\x89PNG"
@@ -112,7 +112,7 @@ def test_quickstart_generates_and_composes(ran):
 
 def test_calibration_lowers_what_it_is_of(ran):
     texts, _ = ran("calibrate_a2ats")
-    assert "codewords: (6, 3, 32, 64)" in texts["calibrate"]
+    assert "codewords: (3, 3, 32, 64)" in texts["calibrate"]
     losses, held = (int(re.search(r"(\d+)% of the", texts[cell])[1]) for cell in ("losses", "held"))
     assert 10 < losses < 100
     assert 10 < held <= 100  # the codewords of k-means are among the candidates

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import given
-from method_cases import CASES, MODELS
+from method_cases import CASES, MODELS, ONE_LAYER, fitted
 
 import kvjax
 from kvjax import blocks, context_folder, contexts
@@ -26,10 +26,10 @@ IDS = np.random.default_rng(0).integers(0, 90, (2, 40)).astype(np.int32)
 TESTS = Path(__file__).parents[1]
 
 
-def read(method, ids=IDS):
+def read(method, ids=IDS, model=MODEL):
     """A state after a prompt and a step, and the logits there."""
-    logits, state = kvjax.prefill(MODEL, ids, method, room=8)
-    return kvjax.decode_step(MODEL, logits.argmax(-1), state, method)
+    logits, state = kvjax.prefill(model, ids, method, room=8)
+    return kvjax.decode_step(model, logits.argmax(-1), state, method)
 
 
 def same(a, b):
@@ -60,15 +60,15 @@ def saved(state, _small_blocks, tmp_path_factory):
 
 @pytest.mark.parametrize("name", [name for name, method in CASES.items() if method.tier == "device"])
 def test_a_state_of_any_method_goes_on_as_if_it_had_stayed(name, tmp_path):
-    method = CASES[name]
-    logits, state = read(method)
-    save_context(tmp_path, MODEL, method, state)
-    found = load_context(tmp_path, MODEL, method)
+    model, method = ONE_LAYER, fitted(CASES[name], ONE_LAYER)
+    logits, state = read(method, model=model)
+    save_context(tmp_path, model, method, state)
+    found = load_context(tmp_path, model, method)
     assert found.tokens is None
     assert same(found.state, state)
     forced = np.full((2, 3), -1)
-    ours = kvjax.decode(MODEL, logits, found.state, method, forced, keep_logits=True)[3]
-    theirs = kvjax.decode(MODEL, logits, state, method, forced, keep_logits=True)[3]
+    ours = kvjax.decode(model, logits, found.state, method, forced, keep_logits=True)[3]
+    theirs = kvjax.decode(model, logits, state, method, forced, keep_logits=True)[3]
     np.testing.assert_array_equal(ours, theirs)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_cases import MODELS, NEW, PROMPTS, run
+from method_cases import MODELS, NEW, ONE_LAYER, PROMPTS, run
 
 import kvjax
 from kvjax import cache, chunk_tree, measure, states, tiers
@@ -94,8 +94,8 @@ def test_the_leaves_of_largest_bound_are_read(changes):
 @pytest.mark.parametrize("tier", ["device", "host"])
 @pytest.mark.parametrize("topk", [TOTAL, 1.0])
 def test_reading_all_is_dense_attention(topk, tier):
-    dense, _ = run(MODEL, kvjax.METHODS["full"]())
-    ours, _ = run(MODEL, leoam(topk, tier=tier))
+    dense, _ = run(ONE_LAYER, kvjax.METHODS["full"]())
+    ours, _ = run(ONE_LAYER, leoam(topk, tier=tier))
     np.testing.assert_array_equal(ours, dense)
 
 
@@ -111,8 +111,8 @@ def test_reading_all_is_dense_attention(topk, tier):
     ],
 )
 def test_the_host_gives_what_the_device_gives(changes, where):
-    device, _ = run(MODEL, leoam(**changes))
-    host, state = run(MODEL, leoam(**changes, **where, tier="host"))
+    device, _ = run(ONE_LAYER, leoam(**changes))
+    host, state = run(ONE_LAYER, leoam(**changes, **where, tier="host"))
     np.testing.assert_array_equal(host, device)
     assert tiers.hit_rate(state) > 0.5
     assert state[0].k is None
@@ -124,7 +124,7 @@ def test_the_host_gives_what_the_device_gives(changes, where):
 )
 def test_a_tree_that_grew_is_the_one_made_anew(changes):
     method = leoam(**changes)
-    for kv in run(MODEL, method)[1]:
+    for kv in run(ONE_LAYER, method)[1]:
         again = method.for_layer(0, 2).moved(kv, None).aux
         for ours, theirs in zip(*(jax_leaves(x) for x in (kv.aux, again)), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -143,8 +143,8 @@ def test_heads_of_unequal_slots_are_searched_alike():
 
 
 def test_the_tree_saves_evaluations_and_changes_nothing():
-    flat, _ = run(MODEL, leoam(root=None))
-    ours, _ = run(MODEL, leoam(root=8))
+    flat, _ = run(ONE_LAYER, leoam(root=None))
+    ours, _ = run(ONE_LAYER, leoam(root=8))
     np.testing.assert_array_equal(ours, flat)
 
 

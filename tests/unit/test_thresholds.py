@@ -23,7 +23,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
 
-MODEL = tiny(byte_tokenizer())
+MODEL = tiny(byte_tokenizer(), windows=(None,))
 RNG = np.random.default_rng(0)
 LEARNED = RNG.integers(0, 256, (40, 128)).astype(np.int32)
 OTHERS = RNG.integers(0, 256, (8, 128)).astype(np.int32)
@@ -113,11 +113,10 @@ def _both(logits, seen):
 
 
 def test_equal_channels_make_chess_cats():
-    model = tiny(byte_tokenizer())
+    model = tiny(byte_tokenizer(), windows=(None,))
     params = jax.tree.map(lambda x: x, model.params)
-    for i in range(2):
-        up = params[f"layer_{i}"]["ffn"]["up"]["kernel"]
-        params[f"layer_{i}"]["ffn"]["up"]["kernel"] = jnp.broadcast_to(up[:, :1], up.shape)
+    up = params["layer_0"]["ffn"]["up"]["kernel"]
+    params["layer_0"]["ffn"]["up"]["kernel"] = jnp.broadcast_to(up[:, :1], up.shape)
     model = dataclasses.replace(model, params=params)
     ours, theirs = chess.closed_form(chess.Passes(model, LEARNED), [Chess(0.5), Cats(0.5)])
     for a, b in zip(ours.layers, theirs.layers, strict=True):
@@ -221,9 +220,9 @@ def test_steps_leave_out_what_prompts_do(found):
 
 
 def test_generate_takes_thresholds_or_a_model_with_them(found):
-    ours = kvjax.generate(MODEL, "Call me", max_new_tokens=6, sparsity=found["chess"])
-    theirs = kvjax.generate(found["chess"].apply(MODEL), "Call me", max_new_tokens=6)
-    assert ours == theirs != kvjax.generate(MODEL, "Call me", max_new_tokens=6)
+    ours = kvjax.generate(MODEL, "Call me Ishmael.", max_new_tokens=12, sparsity=found["chess"])
+    theirs = kvjax.generate(found["chess"].apply(MODEL), "Call me Ishmael.", max_new_tokens=12)
+    assert ours == theirs != kvjax.generate(MODEL, "Call me Ishmael.", max_new_tokens=12)
 
 
 def test_any_cache_method_runs_with_thresholds(found):
@@ -277,7 +276,7 @@ def test_other_settings_out_of_range_are_refused():
 
 
 def test_channels_that_never_fire_are_left_out_and_counted(tmp_path):
-    model = tiny(byte_tokenizer())
+    model = tiny(byte_tokenizer(), windows=(None,))
     params = jax.tree.map(lambda x: x, model.params)
     ffn = params["layer_0"]["ffn"]
     ffn["up"]["kernel"] = ffn["up"]["kernel"].at[:, :5].set(0)

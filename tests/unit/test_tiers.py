@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from method_cases import MODELS, PROMPTS, codebooks
+from method_cases import ONE_LAYER, PROMPTS, codebooks
 
 import kvjax
 from kvjax import decoding, measure, states, tiers
@@ -19,7 +19,7 @@ from kvjax.sampling import Sampling
 from pallas_kernels.backend import Target, aim
 from pallas_kernels.host import Blocks, Pages, as_pages, as_rows, unpaired
 
-MODEL = MODELS["G2"]
+MODEL = ONE_LAYER
 BOOKS = codebooks(MODEL)
 STEPS = tiers.STEPS + 9  # two programs
 RNG = np.random.default_rng(5)
