@@ -37,13 +37,13 @@ def _bounded_programs(request):
         jax.clear_caches()
 
 
-_COMPILE_MUCH = ("kernels", "laws", "smoke", "unit")  # and compute little
 # These look at programs, or compare bits.
 _AS_EVER = (
     "test_disk.py",
     "test_memory.py",
     "test_prefill_attention.py",
     "test_sharding.py",
+    "test_smollm2.py",
     "test_tiers.py",
 )
 
@@ -51,9 +51,7 @@ _AS_EVER = (
 @pytest.fixture(autouse=True, scope="module")  # before a module's own fixtures, which are compared with
 def _programs_made_sooner(request):
     """Leaves out most of the compiler's optimizations where that takes less time in all."""
-    folder, name = request.path.parent.name, request.path.name
-    with_less = folder in _COMPILE_MUCH and name not in _AS_EVER
-    jax.config.update("jax_disable_most_optimizations", with_less)
+    jax.config.update("jax_disable_most_optimizations", request.path.name not in _AS_EVER)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

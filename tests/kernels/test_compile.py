@@ -20,9 +20,9 @@ COMPILERS = Path(sys.prefix) / "compilers"  # where `make test` puts libtpu and 
 NEWEST = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 12)
 
 
-# All are compiled for the least memory of each platform; for the others, a part of the small ones.
+# All are compiled for the least memory of each platform; for the others, every so manieth of the small ones.
 LARGE = ("v5e", "l4")
-PARTS = {"v6e": "2", "h100": "2", "v5p": "4", "a100": "4"}  # every so manieth case
+PARTS = {"v6e": "3", "h100": "3", "v5p": "6", "a100": "6"}
 
 
 @pytest.mark.parametrize("device", DEVICES if NEWEST else ("v5e", "h100"))

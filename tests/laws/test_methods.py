@@ -91,7 +91,7 @@ def test_full_budget_is_dense(name, model_name):
     np.testing.assert_allclose(ours, dense, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", EVICTS)
+@pytest.mark.parametrize("name", [n for n in EVICTS if n in METHODS])
 @pytest.mark.parametrize("compress", ["end", "chunk"])
 def test_slots_stay_within_the_budget(name, compress):
     model = MODELS["G2"]

@@ -170,8 +170,15 @@ def steps(model, batch=3, n=4):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("platform", ["gpu", "tpu"])
-@pytest.mark.parametrize(("name", "codes"), [*((name, False) for name in METHODS), ("chess+", True)])
+@pytest.mark.parametrize(  # on a TPU, what it has kernels of its own for
+    ("name", "codes", "platform"),
+    [
+        *((name, False, "gpu") for name in METHODS),
+        ("chess+", True, "gpu"),
+        *((name, False, "tpu") for name in ("chess+", "chess, groups of 8", "teal")),
+        ("chess+", True, "tpu"),
+    ],
+)
 def test_kernels_change_nothing(name, codes, platform, found):
     model = found[name].apply(quantize(MODEL) if codes else MODEL)
     expected, _ = steps(model)
