@@ -237,8 +237,8 @@ def test_a_table_of_equal_budgets_equals_an_int(name):
 
 @pytest.mark.parametrize("name", EVICTS)
 def test_memory_of_a_ragged_table_is_its_sum(name):
-    model = MODELS["G2"]
-    table = np.array([[36, 100]])
+    model = method_cases.MODELS["G2"]  # of two layers, each with a row of its own
+    table = np.array([[40, 80], [36, 100]])
     method = CASES[name]
     if isinstance(method, kvjax.method.Chain):
         first = dataclasses.replace(method.methods[0], budget=table)
