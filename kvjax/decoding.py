@@ -20,6 +20,12 @@ from kvjax.states import State, settle
 
 __all__ = ["decode", "decode_step"]
 
+# What XLA puts into one graph on a GPU: its own choice, and loops. Without them the host looks after every
+# step whether to go on, and starts the next. Other devices have no graphs.
+_GRAPHED = (
+    "FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "WHILE", "CONDITIONAL"
+)  # fmt: skip
+
 
 def decode_step(
     model: Model,
@@ -58,19 +64,20 @@ def _step(variables, ids, pos, state, *, program: Program):
 def _advance(variables: Any, ids: Array, pos: Array, state: State, program: Program) -> tuple[Array, State]:
     """Takes a decode step. Methods that have work seldom compress after it, all layers together."""
     logits, state, records = program.run(variables, ids, pos, state, compress=True)
-    due = [m.due(kv) for m, kv in zip(program.methods, state, strict=True)]
-    if all(d is None for d in due):
+    due = [d for m, kv in zip(program.methods, state, strict=True) if (d := m.due(kv)) is not None]
+    if not due:
         return logits, state
 
     def compress(state: State) -> State:
         """Compresses layer by layer: each in a loop of its own, so that one at a time exists twice."""
         new = []
-        for kv, record, method, flag in zip(state, records, program.methods, due, strict=True):
+        for kv, record, method in zip(state, records, program.methods, strict=True):
             change = functools.partial(compressed, q=record.q, pos=pos, method=method, mesh=program.mesh)
-            new.append(kv if flag is None else cache.when(flag, change, kv))
+            late = method.due(kv)
+            new.append(kv if late is None else cache.when(jnp.any(late), change, kv))
         return tuple(new)
 
-    flag = functools.reduce(jnp.logical_or, (d for d in due if d is not None))
+    flag = jnp.any(functools.reduce(jnp.logical_or, due))  # one reduction for all layers
     return logits, cache.when(flag, compress, state)
 
 
@@ -141,7 +148,12 @@ def _decode_parts(
     return jnp.concatenate(tokens, axis=1), logits, state, logits_kept
 
 
-@functools.partial(jax.jit, static_argnames=("program", "keep_logits"), donate_argnames="state")
+@functools.partial(
+    jax.jit,
+    static_argnames=("program", "keep_logits"),
+    donate_argnames="state",
+    compiler_options={"xla_gpu_enable_command_buffer": ",".join(_GRAPHED)},
+)
 def _decode(variables, logits, state, forced, steps, limits: Limits, *, program: Program, keep_logits: bool):
     """Runs decode steps until all rows have ended or `steps` are done."""
     batch, n = forced.shape

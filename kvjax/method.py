@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from jaxtyping import Array, Bool
 
 from kvjax import cache
 from kvjax.attend import Selection
@@ -140,8 +141,8 @@ class CacheMethod(abc.ABC):
         """Brings the state down to the budget, given the queries of this call, the newest last."""
         return kv
 
-    def due(self, kv: KV) -> jax.Array | None:
-        """Returns whether `compress` has work after a decode step; None = it runs in every step.
+    def due(self, kv: KV) -> Bool[Array, "B K"] | None:
+        """Returns whose slots `compress` has work with after a decode step; None = it runs in every step.
 
         A method that has work seldom says so here: the step asks once for all layers, after the last.
         """
@@ -249,8 +250,8 @@ class Chain(CacheMethod):
         """Lets every method refresh its index."""
         return self._each(kv, lambda m, part: m.observe(part, q, k, pos, idx))
 
-    def due(self, kv: KV) -> jax.Array | None:
-        """Returns whether the first method has work; the others compress with it."""
+    def due(self, kv: KV) -> Bool[Array, "B K"] | None:
+        """Returns where the first method has work; the others compress with it."""
         return self.methods[0].due(kv)
 
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool
 
 from kvjax import cache, clustering
 from kvjax.cache import KV, Layer
@@ -127,9 +127,9 @@ class Chelsea(CacheMethod):
             return kv
         return kv.replace(aux=kv.aux.at[jnp.arange(idx.shape[0])[:, None, None], idx].set(1.0, mode="drop"))
 
-    def due(self, kv: KV) -> Array:
-        """Returns whether a head is full."""
-        return jnp.any(kv.fill >= jnp.asarray(self.budgets(kv.layer)))
+    def due(self, kv: KV) -> Bool[Array, "B K"]:
+        """Returns which heads are full."""
+        return kv.fill >= jnp.asarray(self.budgets(kv.layer))
 
     def compress(self, kv: KV, q: Queries, pos: Positions) -> KV:
         """Clusters the heads that are full, if there are any.
