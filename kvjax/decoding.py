@@ -20,13 +20,6 @@ from kvjax.states import State, settle
 
 __all__ = ["decode", "decode_step"]
 
-# What XLA puts into one graph on a GPU: its own choice, and loops. Without them the host looks after every
-# step whether to go on, and starts the next. Other devices have no graphs.
-_GRAPHED = (
-    "FUSION", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "WHILE", "CONDITIONAL"
-)  # fmt: skip
-
-
 def decode_step(
     model: Model,
     ids: Ids,
@@ -148,12 +141,7 @@ def _decode_parts(
     return jnp.concatenate(tokens, axis=1), logits, state, logits_kept
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("program", "keep_logits"),
-    donate_argnames="state",
-    compiler_options={"xla_gpu_enable_command_buffer": ",".join(_GRAPHED)},
-)
+@functools.partial(jax.jit, static_argnames=("program", "keep_logits"), donate_argnames="state")
 def _decode(variables, logits, state, forced, steps, limits: Limits, *, program: Program, keep_logits: bool):
     """Runs decode steps until all rows have ended or `steps` are done."""
     batch, n = forced.shape
