@@ -17,7 +17,7 @@ from kvjax.rope import rotate, rotate_rows
 from kvjax.shapes import Leaf, Positions, Queries
 from pallas_kernels import AttentionForm, decode_attention, join, sparse_decode_attention
 
-__all__ = ["Selection", "attend", "held", "listed", "weights"]
+__all__ = ["Selection", "attend", "attend_rotated", "held", "listed", "weights"]
 
 
 @struct.dataclass
@@ -65,13 +65,22 @@ def attend(
 ) -> Float[Array, "B T K G D"]:
     """Returns attention of T un-rotated queries over the slots; a row with no slot gives 0.
 
+    Cost and padding as of `attend_rotated`.
+    """
+    return attend_rotated(kv, _rotate_queries(kv, q, pos), pos, selection)
+
+
+def attend_rotated(
+    kv: KV, q: Queries, pos: Positions, selection: Selection | None = None
+) -> Float[Array, "B T K G D"]:
+    """Returns attention of T rotated queries over the slots; a row with no slot gives 0.
+
     One query per row is that of the newest token, so that no slot is later: it runs in the
     decode kernels. A row with pos < 0 is padding and gives 0.
 
     Cost: reads K and V of every slot once, 2·B·R·D elements (of the selected slots only, with a
     selection), and 4·B·T·G·R·D FLOPs.
     """
-    q = _rotate_queries(kv, q, pos)
     if q.shape[1] == 1:
         return _attend_newest(kv, q[:, 0], pos, selection)[:, None]
     if selection is not None:

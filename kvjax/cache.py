@@ -18,9 +18,9 @@ from jaxtyping import Array, Int
 
 from kvjax import storage, tiers
 from kvjax.models.config import ModelConfig, RopeConfig
-from kvjax.rope import rotate
-from kvjax.shapes import Leaf, Packed, Positions, Slots, Tokens
-from pallas_kernels import append_rows, attention, select_topk
+from kvjax.rope import angles
+from kvjax.shapes import Leaf, Packed, Positions, Queries, Slots, Tokens
+from pallas_kernels import Turn, append_rows, attention, select_topk
 from pallas_kernels.backend import debug_check
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "allocate",
     "append",
     "count",
+    "enter",
     "extent",
     "keep",
     "newest",
@@ -162,6 +163,13 @@ def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
 
     Cost: writes 2·B·K·T·D elements; the donated state is updated in place.
     """
+    return enter(kv, None, k, v, pos)[:2]
+
+
+def enter(
+    kv: KV, q: Queries | None, k: Tokens, v: Tokens, pos: Positions
+) -> tuple[KV, Slots, Queries | None]:
+    """Does as `append`, and rotates the tokens' queries on the way. Returns these, too."""
     valid = pos >= 0
     order = jnp.where(valid, jnp.cumsum(valid, axis=1) - 1, -1)
     slot = kv.fill[:, :, None] + order[:, None, :]  # [B K T]
@@ -171,21 +179,26 @@ def append(kv: KV, k: Tokens, v: Tokens, pos: Positions) -> tuple[KV, Slots]:
         "the KV cache overflows: allocate more slots or compress sooner",
     )
     idx = jnp.where(written, slot + starts(kv.slots)[None, :, None], kv.pos.shape[1])
-    if kv.rotated:
-        k = rotate(k, jnp.broadcast_to(pos[:, :, None], k.shape[:3]), kv.layer.rope)
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     rows = {"pos": jnp.broadcast_to(pos[:, None, :], idx.shape), "mass": jnp.ones(idx.shape, kv.mass.dtype)}
     dense = kv.tier is None and not isinstance(kv.k, storage.Quantized)
     if dense:
-        rows |= {"k": k.astype(kv.k.dtype), "v": v.astype(kv.v.dtype)}
+        rows |= {"k": jnp.swapaxes(k, 1, 2).astype(kv.k.dtype), "v": jnp.swapaxes(v, 1, 2).astype(kv.v.dtype)}
     stores = {name: getattr(kv, name) for name in rows}
-    stores, fill, seen = append_rows(stores, rows, kv.fill, kv.seen, order, slots=kv.slots)
+    turn = Turn(
+        *angles(pos, kv.layer.rope, k.shape[-1]),
+        vectors=(q, None if dense or not kv.rotated else k[:, :, :, None]),
+        stores=tuple(name == "k" and kv.rotated for name in sorted(rows)),  # as a dict's leaves lie
+    )
+    stores, fill, seen, (q, turned) = append_rows(stores, rows, kv.fill, kv.seen, order, turn, slots=kv.slots)
     kv = kv.replace(**stores, fill=fill, seen=seen)
+    if dense:
+        return kv, idx, q
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (k if turned is None else turned[:, :, :, 0], v))
     if kv.tier is not None:
         kv = kv.replace(tier=tiers.stage(kv.tier, jnp.where(written, slot, -1), k, v))
-    elif not dense:
+    else:
         kv = kv.replace(k=storage.write(kv.k, idx, k, kv.mass), v=storage.write(kv.v, idx, v, kv.mass))
-    return kv, idx
+    return kv, idx, q
 
 
 def take(x: Array, idx: Int[Array, "B Q"], fill_value: float = 0) -> Array:

@@ -20,6 +20,7 @@ from kvjax.states import State, settle
 
 __all__ = ["decode", "decode_step"]
 
+
 def decode_step(
     model: Model,
     ids: Ids,

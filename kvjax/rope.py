@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from kvjax.models.config import RopeConfig
+from pallas_kernels.rotate_rows.reference import rotated
 
-__all__ = ["frequencies", "rotate", "rotate_rows"]
+__all__ = ["angles", "frequencies", "rotate", "rotate_rows"]
 
 
 def frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, float]:
@@ -58,13 +59,18 @@ def _yarn(rope: RopeConfig, inv: np.ndarray, head_dim: int) -> tuple[np.ndarray,
     return inv / rope.factor * ramp + inv * (1 - ramp), factor
 
 
+def angles(
+    pos: Int[Array, "*rows"], rope: RopeConfig, head_dim: int
+) -> tuple[Float[Array, "*rows E"], Float[Array, "*rows E"]]:
+    """Returns cosines and sines of the E = D/2 angles of positions, in float32, with the rule's factor."""
+    inv, factor = frequencies(rope, head_dim)
+    angle = pos[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
 def rotate(x: Float[Array, "*rows D"], pos: Int[Array, "*rows"], rope: RopeConfig) -> Float[Array, "*rows D"]:
     """Rotates each vector of x to its position; angles in float32, the result in x's dtype."""
-    inv, factor = frequencies(rope, x.shape[-1])
-    angle = pos[..., None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)
-    cos, sin = jnp.cos(angle) * factor, jnp.sin(angle) * factor
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return rotated(x.astype(jnp.float32), *angles(pos, rope, x.shape[-1])).astype(x.dtype)
 
 
 def rotate_rows(

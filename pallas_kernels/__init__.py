@@ -1,7 +1,7 @@
 """Kernels for attention over compressed caches, for GPU and TPU, each with a plain reference."""
 
 from pallas_kernels.add_norm import add_norm
-from pallas_kernels.append_rows import append_rows
+from pallas_kernels.append_rows import Turn, append_rows
 from pallas_kernels.assign_lines import assign_lines
 from pallas_kernels.attention import AttentionForm, Codes, join
 from pallas_kernels.block_bounds import block_bounds
@@ -28,6 +28,7 @@ __all__ = [
     "AttentionForm",
     "Codes",
     "MergeForm",
+    "Turn",
     "add_norm",
     "append_rows",
     "assign_lines",

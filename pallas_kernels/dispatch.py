@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+
 from pallas_kernels import backend
 
 __all__ = ["run", "watch"]
@@ -70,7 +72,7 @@ def run(
         try:
             if name != "reference":
                 _admit(op, at)
-            out = impls[name](*args, **options)
+            out = _traced_once(impls[name], tuple(options))(*args, **options)
         except NotImplementedError as why:
             if name == names[-1]:
                 raise
@@ -79,6 +81,12 @@ def run(
             _report(op, name)
             return out
     raise NotImplementedError(f"{op} has no implementation for {platform!r}")
+
+
+@functools.cache
+def _traced_once(impl: Callable[..., Any], options: tuple[str, ...]) -> Callable[..., Any]:
+    """Returns an implementation that is traced and lowered once, however many layers call it."""
+    return jax.jit(impl, static_argnames=options)
 
 
 def _admit(op: str, at: backend.Target) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "load_halves",
     "load_rows",
     "n_parts",
+    "rotated",
     "store_halves",
     "store_kind",
     "turn",
@@ -167,5 +168,10 @@ def turn(pair, pos, frequency_ref, back: bool):
     d = jnp.arange(pair[0].shape[1])
     frequency = triton.load(frequency_ref.at[d], mask=d < frequency_ref.shape[0], other=0)
     angle = pos[:, None] * frequency[None, :]
-    cos, sin, (a, b) = jnp.cos(angle), jnp.sin(-angle if back else angle), pair
+    return rotated(pair, jnp.cos(angle), jnp.sin(-angle if back else angle))
+
+
+def rotated(pair, cos, sin):
+    """Rotates the halves of rows by angles of these cosines and sines."""
+    a, b = pair
     return [a * cos - b * sin, b * cos + a * sin]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax import cache, disk, tiers
-from kvjax.attend import attend, held
+from kvjax.attend import attend_rotated, held
 from kvjax.cache import KV
 from kvjax.method import CacheMethod
 from kvjax.models.config import ModelConfig
@@ -74,10 +74,10 @@ def _attend_layer(
     method: CacheMethod, kv: KV, q: Queries, k: Tokens, v: Tokens, pos: Positions, *, compress: bool
 ) -> tuple[KV, Queries]:
     """Does all that touches a layer's state: writes, attends, and lets the method compress."""
-    kv, idx = cache.append(kv, k, v, pos)
+    kv, idx, turned = cache.enter(kv, q, k, v, pos)
     kv = method.observe(kv, q, k, pos, idx)
     kv, here, selection = held(kv, pos, method.select(kv, q, pos))
-    out = attend(here, q, pos, selection)
+    out = attend_rotated(here, turned, pos, selection)
     return method.compress(kv, q, pos) if compress and method.due(kv) is None else kv, out
 
 
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
             records.append(record)
         x, y = (x[:, -1:], y[:, -1:]) if last_only else (x, y)
         _, x = AddNorm(c.norm_eps, self.mesh, name="final_norm")(x, y)
-        logits = _unembed(x, table) if c.tied_embeddings else Linear(c.vocab_size, name="head")(x)
+        logits = _unembed(x, table) if c.tied_embeddings else Linear(c.vocab_size, wide=True, name="head")(x)
         logits = logits.astype(jnp.float32)
         if c.final_softcap is not None:
             logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)

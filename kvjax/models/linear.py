@@ -5,6 +5,7 @@ A kernel of several does what its `Linear`s would, with their parameters and thr
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ class Linear(nn.Module):
 
     features: int
     bias: bool = False
+    wide: bool = False  # the result stays in float32, as it is summed up, where the kernel is not sparse
 
     @nn.compact
     def __call__(self, x: Array, *, sparse: bool = False, gate: Array | None = None) -> Array:
@@ -57,7 +59,7 @@ class Linear(nn.Module):
         if (sparse or scale is not None) and _is_step(x):
             y = spvmm(x[:, 0], kernel, level, scale=scale)[:, None]
         else:
-            y = _scaled(_product(x, kernel.astype(x.dtype)), scale)
+            y = _scaled(_product(x, kernel.astype(x.dtype), jnp.float32 if self.wide else None), scale)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), x.dtype)
         self.sow("activations", "out", y)
@@ -87,8 +89,8 @@ def _scaled(y: Array, scale: Array | None) -> Array:
     return y if scale is None else (y * scale).astype(y.dtype)
 
 
-def _product(x: Array, kernel: Array) -> Array:
-    """Returns x W.
+def _product(x: Array, kernel: Array, dtype: Any = None) -> Array:
+    """Returns x W, in x's type if not in another.
 
     Of one row and a small W, XLA for GPUs makes no product but multiplies element by element and
     adds up, fused into what reads it: in a scatter, one sum after the other. A second row, of zeros,
@@ -96,7 +98,7 @@ def _product(x: Array, kernel: Array) -> Array:
     """
     alone = math.prod(x.shape[:-1]) == 1 and kernel.size < _SMALL and target().platform == "gpu"
     rows = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]) if alone else x
-    y = jnp.dot(rows, kernel, precision=precision(x.dtype))
+    y = jnp.dot(rows, kernel, precision=precision(x.dtype), preferred_element_type=dtype)
     return y[..., :1, :] if alone else y
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-__all__ = ["run", "turn"]
+__all__ = ["rotated", "run", "turn"]
 
 
 def run(x, pos, frequencies, *, factor: float, back: bool):
@@ -14,6 +14,10 @@ def run(x, pos, frequencies, *, factor: float, back: bool):
 def turn(x, pos, frequencies, back: bool):
     """Rotates rows of float32 [... D], or back."""
     angle = pos[..., None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angle), jnp.sin(-angle if back else angle)
+    return rotated(x, jnp.cos(angle), jnp.sin(-angle if back else angle))
+
+
+def rotated(x, cos, sin):
+    """Rotates rows of float32 [... D] by angles of these cosines and sines [... D/2]."""
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

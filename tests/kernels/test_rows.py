@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import MergeForm, append_rows, mark_topk, merge_rows, rotate_rows
+from pallas_kernels import MergeForm, Turn, append_rows, mark_topk, merge_rows, rotate_rows
 from pallas_kernels.backend import Target, aim
 
 seeds = st.integers(0, 10**6)
@@ -40,10 +40,27 @@ def test_tokens_stand_where_they_are_said_to(seed):
         if valid[b, t] and slot < SLOTS[h]:
             wanted[b, first[h] + slot] = new[b, h, t]
     given_ = (jnp.float32(store), jnp.float32(new), *map(jnp.asarray, (fill, seen, order)))
-    out, filled, counted = append(*given_)
+    out, filled, counted, _ = append(*given_)
     np.testing.assert_array_equal(out, wanted)
     np.testing.assert_array_equal(filled, np.minimum(fill + valid.sum(1, keepdims=True), SLOTS))
     np.testing.assert_array_equal(counted, seen + valid.sum(1))
+
+
+@given(seeds)
+def test_keys_and_vectors_are_turned_on_the_way(seed):
+    rng = np.random.default_rng(seed)
+    k, v, q = (rng.normal(size=x) for x in ((2, 2, 4, D), (2, 2, 4, D), (2, 4, 2, 3, D)))
+    pos = rng.integers(0, 300, size=(2, 4))
+    angle = pos[..., None] * FREQUENCIES
+    turn = Turn(1.5 * np.cos(angle), 1.5 * np.sin(angle), {"q": q, "none": None}, (True, False))
+    stores, rows, turn = jax.tree.map(jnp.float32, ((np.zeros((2, ROWS, D)),) * 2, (k, v), turn))
+    order = jnp.broadcast_to(jnp.arange(4), (2, 4))
+    (keys, values), *_, vectors = append(stores, rows, jnp.zeros((2, 2), int), jnp.zeros(2, int), order, turn)
+    for head, first in enumerate((0, SLOTS[0])):
+        np.testing.assert_allclose(keys[:, first : first + 4], turned(k[:, head], pos, 1.5), atol=1e-4)
+        np.testing.assert_array_equal(values[:, first : first + 4], np.float32(v[:, head]))
+    np.testing.assert_allclose(vectors["q"], turned(q, pos[:, :, None, None], 1.5), atol=1e-4)
+    assert vectors["none"] is None
 
 
 def test_tokens_that_the_kernel_writes_have_the_references_gradients():
@@ -144,6 +161,12 @@ def places(at):
         (lambda x, n, at: append_rows(x, x[:, None, :1], *places(at), slots=(3,)), "row per slot"),
         (lambda x, n, at: append_rows(x, at[:, None, :1, None], *places(at), slots=(4,)), "type"),
         (lambda x, n, at: append_rows(x, x[:, None, :1], at, SEEN, at[:, :1], slots=(4,)), "first free slot"),
+        (
+            lambda x, n, at: append_rows(
+                x, x[:, None, :1], *places(at), Turn(x[:, :2], x[:, :2], None, (True,)), slots=(4,)
+            ),
+            "a cosine and a sine",
+        ),
         (lambda x, n, at: merge_rows((x,), n, at, at, form=MergeForm((5,), 1)), "goes into one or stays"),
         (lambda x, n, at: merge_rows((x,), n, at, at, None, n[0], form=MergeForm((4,), 1)), "positions"),
     ],
