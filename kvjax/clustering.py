@@ -126,7 +126,7 @@ def begin(kv: KV, n: Packed, how: Matching, newest: Int[Array, " K"] | None = No
     """
     keys, values = storage.read(kv.k), storage.read(kv.v)
     newest = jnp.full(len(kv.slots), how.n_recent) if newest is None else newest
-    first = kv.seen[:, None] - jnp.repeat(newest, np.asarray(kv.slots), total_repeat_length=sum(kv.slots))
+    first = kv.seen[:, None] - newest[np.repeat(np.arange(len(kv.slots)), kv.slots)]
     free = (kv.mass > 0) & (kv.pos >= how.n_sinks) & (kv.pos < first)
     finite = jnp.isfinite(keys).all(-1) & jnp.isfinite(values).all(-1)
     debug_check(
