@@ -147,6 +147,9 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "work of Qwen": functools.partial(_work, f"{QWEN} {_LONG} 8192"),
     "quality": functools.partial(_quality, f"{_NOVEL} --keys"),
     "quality of codes": functools.partial(_quality, f"{_NOVEL} --methods leoam leoam:leaf=8"),
+    "quality beside A²ATS": functools.partial(
+        _quality, "--dtype float32 --docs 2 --rest 96 --shares 0.1 0.2 --methods"
+    ),
     "quality of Gemma": functools.partial(_quality, f"{GEMMA} --dtype float32 --docs 2"),
     "quality of Gemma, abstracts": functools.partial(_quality, f"{_KINDS} leoam:known_by=mean"),
     "quality of Gemma, codes": functools.partial(_quality, f"{_KINDS} leoam:leaf=8"),
