@@ -34,7 +34,7 @@ def _run(stores, rows, fill, seen, order, turn, slots: tuple[int, ...]):
     tile = min(_TILE, pl.next_power_of_2(length))
     counts = length <= tile  # else some program may still read what another has counted
     written = [*flat, fill, seen] if counts else flat
-    narrow, packed, at = _packed(jax.tree.leaves(rows), vectors)
+    narrow, packed, at = _packed(jax.tree.leaves(rows), vectors, together=counts)
     heads = jnp.asarray(np.stack([starts(slots)[:-1], slots], axis=1), jnp.int32)
     turns = (False,) * n_stores if turn is None else turn.stores
     n_turned = sum(x.shape[3] for x in vectors)
@@ -50,25 +50,26 @@ def _run(stores, rows, fill, seen, order, turn, slots: tuple[int, ...]):
     return tree.unflatten(out[:n_stores]), *after, turned
 
 
-def _packed(rows, vectors) -> tuple[list, jax.Array | None, tuple[int, ...]]:
-    """Returns the rows without channels; one array [B T K N D] of all with channels, for XLA to make by one
-    kernel, whatever makes them; and where in its list, or from where on in N, each row and vector is.
+def _packed(rows, vectors, together: bool) -> tuple[list, list, tuple]:
+    """Returns rows without channels; those with, and vectors, as [B T K N D]; and where each of all is.
+
+    together: in one array, for XLA to make by one kernel, whatever makes them. Else nothing is copied.
 
     Raises:
         NotImplementedError: for rows and vectors of several types.
     """
-    narrow, wide, at, width = [], [], [], 0
+    narrow, wide, at, n_before = [], [], [], 0
     for x in (*rows, *vectors):
         if x.ndim == 3:
-            at.append(len(narrow))
+            at.append((len(narrow), None))
             narrow.append(x)
             continue
+        at.append((0, n_before) if together else (len(wide), 0))
         wide.append(x if x.ndim == 5 else jnp.swapaxes(x, 1, 2)[:, :, :, None])
-        at.append(width)
-        width += wide[-1].shape[3]
+        n_before += wide[-1].shape[3]
     if len({x.dtype for x in wide}) > 1:
         raise NotImplementedError(f"the kernel takes rows of one type, got {[str(x.dtype) for x in wide]}")
-    return narrow, jnp.concatenate(wide, axis=3) if wide else None, tuple(at)
+    return narrow, [jnp.concatenate(wide, axis=3)] if together and wide else wide, tuple(at)
 
 
 @_run.defjvp
@@ -82,12 +83,12 @@ def _write(
     fill_ref,  # [B K]
     seen_ref,  # [B]
     narrow_refs,  # [B K T] of each store without channels
-    packed_ref,  # [B T K N D] of the others, and the vectors; or None
+    packed_refs,  # [B T K N D] of the others, and the vectors
     order_ref,  # [B T]
     heads_ref,  # [K 2] first packed row, capacity
     angle_refs,  # cosines and sines [B T D/2], or None
     *out_refs,  # the stores, maybe fill and seen, and the vectors
-    at: tuple[int, ...],  # where in the list, or in N, the row of each store and each vector is
+    at: tuple,  # where the row of each store and each vector is: in which ref, and from where on in N
     turns: tuple[bool, ...],  # of each store
     n_vectors: int,
     tile: int,
@@ -112,9 +113,11 @@ def _write(
         for i, (out_ref, turn) in enumerate(zip(out_refs, turns, strict=False)):
             # Interpreted, what is masked is written back as it was, over what others wrote: not inside, then.
             to = jnp.where(alive, heads_ref[head, 0] + slot, out_ref.shape[1])
-            source = (narrow_refs[at[i]], (batch, head, token))
-            if out_ref.ndim == 3:
-                source = (packed_ref, (batch, token, head, at[i]))
+            which, first = at[i]
+            if out_ref.ndim == 2:
+                source = (narrow_refs[which], (batch, head, token))
+            else:
+                source = (packed_refs[which], (batch, token, head, first))
             moves.append(_moved(source, (out_ref, (batch, to)), alive, angles if turn else None))
         _put(itertools.chain(*moves))  # all is loaded before anything is stored
         if counted := out_refs[n_stores:n_written]:
@@ -125,14 +128,14 @@ def _write(
             triton.store(counted[1].at[own], seen_ref[batch] + taken + 0 * own, mask=own < seen_ref.shape[0])
 
     before = 1
-    for first, out_ref in zip(at[n_stores:], out_refs[n_written:], strict=True):
+    for (which, first), out_ref in zip(at[n_stores:], out_refs[n_written:], strict=True):
         g = part - before
         before += out_ref.shape[3]
 
         @pl.when((g >= 0) & (g < out_ref.shape[3]))
-        def _turn(g=g, first=first, out_ref=out_ref):
+        def _turn(g=g, source_ref=packed_refs[which], first=first, out_ref=out_ref):
             to = jnp.where(here, token, out_ref.shape[1])
-            source = (packed_ref, (batch, token, head, first + g))
+            source = (source_ref, (batch, token, head, first + g))
             _put(_moved(source, (out_ref, (batch, to, head, g)), here, angles))
 
 
