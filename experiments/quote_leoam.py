@@ -150,6 +150,9 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "quality beside A²ATS": functools.partial(
         _quality, "--dtype float32 --docs 2 --rest 96 --shares 0.1 0.2 --methods"
     ),
+    "quality beside A²ATS at 5%": functools.partial(
+        _quality, "--dtype float32 --docs 2 --rest 96 --shares 0.05 --methods"
+    ),
     "quality of Gemma": functools.partial(_quality, f"{GEMMA} --dtype float32 --docs 2"),
     "quality of Gemma, abstracts": functools.partial(_quality, f"{_KINDS} leoam:known_by=mean"),
     "quality of Gemma, codes": functools.partial(_quality, f"{_KINDS} leoam:leaf=8"),
