@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import backend
+from pallas_kernels import backend, tuning
 
 __all__ = ["run", "watch"]
 
@@ -72,7 +72,7 @@ def run(
         try:
             if name != "reference":
                 _admit(op, at)
-            out = _traced_once(impls[name], tuple(options))(*args, **options)
+            out = _traced_once(impls[name], tuple(options), tuning.epoch())(*args, **options)
         except NotImplementedError as why:
             if name == names[-1]:
                 raise
@@ -83,10 +83,14 @@ def run(
     raise NotImplementedError(f"{op} has no implementation for {platform!r}")
 
 
-@functools.cache
-def _traced_once(impl: Callable[..., Any], options: tuple[str, ...]) -> Callable[..., Any]:
-    """Returns an implementation that is traced and lowered once, however many layers call it."""
-    return jax.jit(impl, static_argnames=options)
+@functools.lru_cache(maxsize=256)
+def _traced_once(impl: Callable[..., Any], options: tuple[str, ...], epoch: object) -> Callable[..., Any]:
+    """Returns an implementation that is traced and lowered once in an epoch, however many layers call it."""
+
+    def run(*args: Any, **options: Any) -> Any:  # a function of its own: JAX keeps traces by the function
+        return impl(*args, **options)
+
+    return jax.jit(run, static_argnames=options)
 
 
 def _admit(op: str, at: backend.Target) -> None:

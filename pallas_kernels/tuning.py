@@ -20,7 +20,7 @@ import jax
 
 from pallas_kernels import backend
 
-__all__ = ["force", "forget", "path", "settings", "watch"]
+__all__ = ["epoch", "force", "forget", "path", "settings", "watch"]
 
 Settings = TypeVar("Settings")
 
@@ -30,16 +30,24 @@ _forced = jax.make_user_context(default_value=None)
 _watched: contextvars.ContextVar[dict[str, tuple[Any, dict]] | None] = contextvars.ContextVar(
     "watched", default=None
 )
+_epoch: contextvars.ContextVar[object | None] = contextvars.ContextVar("epoch", default=None)
+_latest = [object()]
 
 
 @contextlib.contextmanager
 def watch() -> Iterator[dict[str, tuple[Any, dict]]]:
     """Records, per op, which settings it took and for which key, as programs are traced."""
-    token = _watched.set({})
+    tokens = _watched.set({}), _epoch.set(object())
     try:
         yield _watched.get()
     finally:
-        _watched.reset(token)
+        _watched.reset(tokens[0])
+        _epoch.reset(tokens[1])
+
+
+def epoch() -> object:
+    """Returns what stays the same while settings that were taken hold, and nobody watches for new ones."""
+    return _epoch.get() or _latest[0]
 
 
 @contextlib.contextmanager
@@ -76,6 +84,7 @@ def settings(op: str, default: Settings, **key: int | str) -> Settings:
 def forget() -> None:
     """Makes stored settings be read anew."""
     _rows.cache_clear()
+    _latest[0] = object()
 
 
 @functools.cache

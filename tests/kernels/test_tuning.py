@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from pallas_kernels import tune, tuning
+from pallas_kernels import dispatch, tune, tuning
 from pallas_kernels.backend import Target, aim
 from pallas_kernels.decode_attention import gpu
 from pallas_kernels.decode_attention.specs import OP, DecodeSpec
@@ -111,3 +113,29 @@ def test_settings_that_do_not_run_lose(folder, monkeypatch, when, error):
         monkeypatch.setattr(tune, when, fails)
     with aim(AT):
         assert tune.tune(OP, SPEC)["settings"]["block"] == 64
+
+
+def test_an_op_is_traced_once_for_all_that_call_it_alike_until_settings_change():
+    traced = []
+
+    def double(x, *, times):
+        traced.append(times)
+        return x * times
+
+    def twice(x):
+        for _ in range(2):
+            x = dispatch.run("double", "reference", {"reference": double}, x, times=2)
+        return x
+
+    def program():
+        return jax.jit(lambda x: twice(x))(jnp.ones(3))  # noqa: PLW0108  a new function is traced anew
+
+    np.testing.assert_array_equal(program(), 4)
+    program()
+    assert traced == [2]
+    with tuning.watch():
+        program()
+    assert traced == [2, 2]
+    tuning.forget()
+    program()
+    assert traced == [2, 2, 2]
