@@ -31,7 +31,6 @@ _watched: contextvars.ContextVar[dict[str, tuple[Any, dict]] | None] = contextva
     "watched", default=None
 )
 _epoch: contextvars.ContextVar[object | None] = contextvars.ContextVar("epoch", default=None)
-_latest = [object()]
 
 
 @contextlib.contextmanager
@@ -47,7 +46,12 @@ def watch() -> Iterator[dict[str, tuple[Any, dict]]]:
 
 def epoch() -> object:
     """Returns what stays the same while settings that were taken hold, and nobody watches for new ones."""
-    return _epoch.get() or _latest[0]
+    return _epoch.get() or _latest()
+
+
+@functools.cache
+def _latest() -> object:
+    return object()
 
 
 @contextlib.contextmanager
@@ -84,7 +88,7 @@ def settings(op: str, default: Settings, **key: int | str) -> Settings:
 def forget() -> None:
     """Makes stored settings be read anew."""
     _rows.cache_clear()
-    _latest[0] = object()
+    _latest.cache_clear()
 
 
 @functools.cache
