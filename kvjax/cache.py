@@ -33,7 +33,6 @@ __all__ = [
     "enter",
     "extent",
     "keep",
-    "newest",
     "runs",
     "starts",
     "take",
@@ -256,15 +255,6 @@ def extent(kv: KV) -> Int[Array, "B K"]:
     Occupied slots lie below `fill`, except in a full head with a hole, whose last slot is occupied.
     """
     return attention.extent(kv.mass, kv.fill, kv.slots)
-
-
-def newest(kv: KV) -> Int[Array, "B K"]:
-    """Returns the slot of the newest token of each head."""
-    parts = []
-    for run in runs(kv.slots):
-        when = jnp.where(view(kv.mass, run) > 0, view(kv.pos, run), -1)
-        parts.append(jnp.argmax(when, axis=-1))
-    return jnp.concatenate(parts, axis=1)
 
 
 def when(flag: Array, change: Callable[[Any], Any], state: Any) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from kvjax import cache, storage
 from kvjax.attend import Selection
@@ -87,7 +87,7 @@ class Quest(CacheMethod):
             min(max(b // self.page, 1), n) for b, n in zip(self.budgets(kv.layer), n_pages, strict=True)
         ]
         bound = bound_scores(q, *kv.aux, n_blocks=n_pages)
-        chosen, here = [], cache.newest(kv) // self.page  # the page being written ranks highest
+        chosen, here = [], _newest(kv) // self.page  # the page being written ranks highest
         for run in cache.runs(n_pages, wanted):
             newest = here[:, run.head : run.head + run.n, None]
             score = cache.view(bound, run)
@@ -104,3 +104,12 @@ def _bounds(keys: Array, alive: Array, kv: KV) -> tuple[Array, Array]:
     low = jnp.where(alive, keys, jnp.inf).min(-2)
     high = jnp.where(alive, keys, -jnp.inf).max(-2)
     return low.astype(dtype), high.astype(dtype)
+
+
+def _newest(kv: KV) -> Int[Array, "B K"]:
+    """Returns the slot of the newest token of each head."""
+    parts = []
+    for run in cache.runs(kv.slots):
+        when = jnp.where(cache.view(kv.mass, run) > 0, cache.view(kv.pos, run), -1)
+        parts.append(jnp.argmax(when, axis=-1))
+    return jnp.concatenate(parts, axis=1)

@@ -121,11 +121,7 @@ def _write(
             moves.append(_moved(source, (out_ref, (batch, to)), alive, angles if turn else None))
         _put(itertools.chain(*moves))  # all is loaded before anything is stored
         if counted := out_refs[n_stores:n_written]:
-            taken = jnp.sum((order >= 0).astype(jnp.int32), axis=0)
-            counted[0][batch, head] = jnp.minimum(fill_ref[batch, head] + taken, heads_ref[head, 1])
-            # One head counts for its row.
-            own = jnp.arange(1) + jnp.where(head == 0, batch, seen_ref.shape[0])
-            triton.store(counted[1].at[own], seen_ref[batch] + taken + 0 * own, mask=own < seen_ref.shape[0])
+            _count((fill_ref, seen_ref, heads_ref), counted, batch, head, order)
 
     before = 1
     for (which, first), out_ref in zip(at[n_stores:], out_refs[n_written:], strict=True):
@@ -137,6 +133,15 @@ def _write(
             to = jnp.where(here, token, out_ref.shape[1])
             source = (source_ref, (batch, token, head, first + g))
             _put(_moved(source, (out_ref, (batch, to, head, g)), here, angles))
+
+
+def _count(refs, counted, batch, head, order) -> None:
+    """Stores the next free slot of a head; and what its row has taken, for which the first head does it."""
+    fill_ref, seen_ref, heads_ref = refs
+    taken = jnp.sum((order >= 0).astype(jnp.int32), axis=0)
+    counted[0][batch, head] = jnp.minimum(fill_ref[batch, head] + taken, heads_ref[head, 1])
+    own = jnp.arange(1) + jnp.where(head == 0, batch, seen_ref.shape[0])
+    triton.store(counted[1].at[own], seen_ref[batch] + taken + 0 * own, mask=own < seen_ref.shape[0])
 
 
 def _angles(ref, batch, at, here):
