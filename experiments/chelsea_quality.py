@@ -111,6 +111,7 @@ def sweep(settings: Sweep) -> int:
     texts = Texts(model, settings, lambda: documents()[0])
 
     def scores(method: Chelsea, keep: float) -> dict[str, Any]:
+        jax.clear_caches()  # programs of one row serve no other, and would pile up
         if settings.calibrated:
             shares = budgets.calibrate(model, documents()[1][:, : settings.context], keep, method)
             table = shares.table(method.budget, method.least)
