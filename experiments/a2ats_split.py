@@ -17,13 +17,13 @@ from kvjax.states import State
 
 __all__ = ["split"]
 
-_PARTS = ("rank", "bring", "attend")
+_PARTS = ("draw", "rank", "bring", "attend")
 
 
 def split(model: Model, method: CacheMethod, state: State, steps: int, samples: int) -> dict[str, Any]:
     """Returns µs per step of ranking and selection, of bringing rows, and of attention, by differences.
 
-    Queries are random in every step. Consumes the state.
+    Queries are random in every step; what it takes to draw them is told apart. Consumes the state.
     """
     methods, times = per_layer(method, model.config), []
     for upto in range(1, len(_PARTS) + 1):
@@ -50,12 +50,14 @@ def _steps(state: State, seed: int, *, methods: tuple, upto: int, steps: int, dt
             q = jax.random.normal(key, _shape(kv.layer, len(kv.seen)), dtype)
             kv = kv.replace(seen=kv.seen + 1)  # the clock of the lines
             pos = kv.seen[:, None] - 1
-            chosen = method.select(kv, q, pos)
-            out = chosen.idx
+            out = q
             if upto > 1:
-                kv, here, chosen = held(kv, pos, chosen)
+                chosen = method.select(kv, q, pos)
                 out = chosen.idx
             if upto > 2:
+                kv, here, chosen = held(kv, pos, chosen)
+                out = chosen.idx
+            if upto > 3:
                 out = attend(here, q, pos, chosen)
             total = total + jnp.sum(out, dtype=jnp.float32)
             new.append(kv)

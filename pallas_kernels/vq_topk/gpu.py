@@ -89,9 +89,9 @@ def _reader(codes_ref, marks_ref, kinds_ref, block: int, step: int):
     def load(i):
         at = part * step + i * block + jnp.arange(block)
         code = triton.load(codes_ref.at[row, head, at], mask=at < n_slots, other=-1).astype(jnp.int32)
-        known = (code >= 0) & (code < n_codes)
+        known = code.astype(jnp.uint32) < n_codes  # and not below 0
         word = triton.load(kinds_ref.at[row, head, code >> 4], mask=known, other=0)
-        return at, code, word >> ((code & 15) << 1) & 3
+        return at, code, word >> ((code & 15) << 1)
 
     return load, lambda code, some: triton.load(marks_ref.at[row, head, code], mask=some, other=0)
 
@@ -124,7 +124,7 @@ def _ties(
 
     def count(i, seen):
         _, code, kind = load(i)
-        mark = marks(code, kind > 1)
+        mark = marks(code, kind & 2 > 0)
         new = _each(group, lambda a, b: jnp.sum(_two(mark, a, b), axis=0))
         return tuple(map(jnp.add, seen, new))
 
@@ -155,24 +155,39 @@ def _keep(
             before = triton.load(ties_ref.at[row, head, t, g], mask=t < part, other=0)
             left[g] -= jnp.sum(before, axis=0)
 
-    def first_few(code, some, inside, seen):
-        ties = marks(code, some)
+    def write(n, at, inside):
+        place = n + jnp.cumsum(inside, axis=0) - inside
+        triton.store(idx_ref.at[row, head, part, place], at, mask=(inside > 0) & (place < room))
+        return n + jnp.sum(inside, axis=0)
+
+    def first_few(n, at, inside, ties, seen):
         here = _each(group, lambda a, b: jnp.cumsum(_two(ties, a, b), axis=0))
+        for g, before in enumerate(seen):
+            inside |= (ties >> g & 1) & (before + here[g] <= left[g]).astype(jnp.int32)
+        return write(n, at, inside)
+
+    def tied(n, at, inside, code, some, seen):
+        ties = marks(code, some)
         new = _each(group, lambda a, b: jnp.sum(_two(ties, a, b), axis=0))
-        for g, n in enumerate(seen):
-            inside |= (ties >> g & 1) & (n + here[g] <= left[g]).astype(jnp.int32)
-        return inside, tuple(map(jnp.add, seen, new))
+        after = tuple(map(jnp.add, seen, new))
+        whole, parted = jnp.int32(0), jnp.bool_(False)  # heads that take all of these; does one take a few?
+        for g, (before, then) in enumerate(zip(seen, after, strict=True)):
+            whole |= (then <= left[g]).astype(jnp.int32) << g
+            parted |= (before < left[g]) & (left[g] < then)
+
+        def all_or_none(n, at, inside, ties, _):
+            return write(n, at, inside | (ties & whole > 0).astype(jnp.int32))
+
+        return jax.lax.cond(parted, first_few, all_or_none, n, at, inside, ties, seen), after
 
     def body(i, carry):
         n, seen = carry
         at, code, kind = load(i)
-        inside, some = (kind & 1) | (code < -1).astype(jnp.int32), kind > 1
+        inside, some = (kind & 1) | (code < -1).astype(jnp.int32), kind & 2 > 0
         wanting = functools.reduce(jnp.logical_or, (a < b for a, b in zip(seen, left, strict=True)))
         any_here = wanting & (jnp.sum(some.astype(jnp.int32), axis=0) > 0)
-        inside, seen = jax.lax.cond(any_here, first_few, lambda _a, _b, *same: same, code, some, inside, seen)
-        place = n + jnp.cumsum(inside, axis=0) - inside
-        triton.store(idx_ref.at[row, head, part, place], at, mask=(inside > 0) & (place < room))
-        return n + jnp.sum(inside, axis=0), seen
+        untied = lambda n, at, inside, _c, _s, seen: (write(n, at, inside), seen)  # noqa: E731
+        return jax.lax.cond(any_here, tied, untied, n, at, inside, code, some, seen)
 
     n, _ = jax.lax.fori_loop(0, step // block, body, (jnp.int32(0), (jnp.int32(0),) * group))
     count_ref[row, head, part] = n
