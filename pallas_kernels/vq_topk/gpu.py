@@ -82,18 +82,25 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
 
 
 def _reader(codes_ref, marks_ref, kinds_ref, block: int, step: int):
-    """Returns what loads a step's slots, codes and kinds, and what loads the marks of some codes."""
+    """Returns what says the slots of a step, and what loads codes, their kinds and some codes' marks."""
     part, head, row = program_id(0), program_id(1), program_id(2)
     n_slots, n_codes = codes_ref.shape[2], marks_ref.shape[2]
 
-    def load(i):
-        at = part * step + i * block + jnp.arange(block)
-        code = triton.load(codes_ref.at[row, head, at], mask=at < n_slots, other=-1).astype(jnp.int32)
+    def slots(i):
+        return part * step + i * block + jnp.arange(block)
+
+    def codes(i):
+        return triton.load(codes_ref.at[row, head, slots(i)], mask=slots(i) < n_slots, other=-1)
+
+    def kinds(code):
         known = code.astype(jnp.uint32) < n_codes  # and not below 0
         word = triton.load(kinds_ref.at[row, head, code >> 4], mask=known, other=0)
-        return at, code, word >> ((code & 15) << 1)
+        return word >> ((code & 15) << 1)
 
-    return load, lambda code, some: triton.load(marks_ref.at[row, head, code], mask=some, other=0)
+    def marks(code, some):
+        return triton.load(marks_ref.at[row, head, code], mask=some, other=0)
+
+    return slots, codes, kinds, marks
 
 
 def _two(marks, a: int, b: int):
@@ -120,11 +127,12 @@ def _ties(
 ):
     """Counts one part's slots at the thresholds of the query heads."""
     part, head, row = program_id(0), program_id(1), program_id(2)
-    (load, marks), group = _reader(codes_ref, marks_ref, kinds_ref, block, step), ties_ref.shape[3]
+    group = ties_ref.shape[3]
+    _, codes, kinds, marks = _reader(codes_ref, marks_ref, kinds_ref, block, step)
 
     def count(i, seen):
-        _, code, kind = load(i)
-        mark = marks(code, kind & 2 > 0)
+        code = codes(i).astype(jnp.int32)
+        mark = marks(code, kinds(code) & 2 > 0)
         new = _each(group, lambda a, b: jnp.sum(_two(mark, a, b), axis=0))
         return tuple(map(jnp.add, seen, new))
 
@@ -147,7 +155,7 @@ def _keep(
     """Compacts one part: what is marked, surely taken, or among the first at a threshold."""
     part, head, row = program_id(0), program_id(1), program_id(2)
     group, room = quota_ref.shape[2], idx_ref.shape[3]
-    load, marks = _reader(codes_ref, marks_ref, kinds_ref, block, step)
+    slots, codes, kinds, marks = _reader(codes_ref, marks_ref, kinds_ref, block, step)
     left = [quota_ref[row, head, g] for g in range(group)]  # that this part may take
     if ties_ref is not None:
         t = jnp.arange(pl.next_power_of_2(ties_ref.shape[2]))
@@ -181,15 +189,18 @@ def _keep(
         return jax.lax.cond(parted, first_few, all_or_none, n, at, inside, ties, seen), after
 
     def body(i, carry):
-        n, seen = carry
-        at, code, kind = load(i)
+        n, seen, code = carry
+        ahead = codes(i + 1)  # a step waits for a load that the one before has begun
+        at, code = slots(i), code.astype(jnp.int32)
+        kind = kinds(code)
         inside, some = (kind & 1) | (code < -1).astype(jnp.int32), kind & 2 > 0
         wanting = functools.reduce(jnp.logical_or, (a < b for a, b in zip(seen, left, strict=True)))
         any_here = wanting & (jnp.sum(some.astype(jnp.int32), axis=0) > 0)
         untied = lambda n, at, inside, _c, _s, seen: (write(n, at, inside), seen)  # noqa: E731
-        return jax.lax.cond(any_here, tied, untied, n, at, inside, code, some, seen)
+        return *jax.lax.cond(any_here, tied, untied, n, at, inside, code, some, seen), ahead
 
-    n, _ = jax.lax.fori_loop(0, step // block, body, (jnp.int32(0), (jnp.int32(0),) * group))
+    start = jnp.int32(0), (jnp.int32(0),) * group, codes(0)
+    n, *_ = jax.lax.fori_loop(0, step // block, body, start)
     count_ref[row, head, part] = n
     if ties_ref is None:
 
