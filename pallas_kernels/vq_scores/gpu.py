@@ -19,8 +19,7 @@ from pallas_kernels.vq_scores.reference import ALWAYS
 
 __all__ = ["Settings", "run", "tables"]
 
-_TILE = 64  # codewords of a program that makes a table and, at most, the queries of one of its steps
-_PROGRAMS = 528  # that make a table, at least; with more, each goes through several tiles of queries
+_TILE = 64  # codewords and, at most, queries of a program that makes a table
 _WIDEST = 128  # query heads of a KV head
 
 
@@ -79,12 +78,10 @@ def tables(q, codebook, reduce, dtype):
         )
     n_codes, width = codebook.shape[1], pl.next_power_of_2(group)
     queries = max(16, width, min(_TILE, pl.next_power_of_2(batch * width)))
-    n_tiles, n_programs = pl.cdiv(batch * width, queries), pl.cdiv(n_codes, _TILE) * n_heads
-    together = pl.cdiv(n_tiles, max(1, _PROGRAMS // n_programs))
     return gpu_call(
-        functools.partial(_make_table, queries=queries, width=width, together=together, reduce=reduce),
+        functools.partial(_make_table, queries=queries, width=width, reduce=reduce),
         q, codebook,
-        grid=(pl.cdiv(n_codes, _TILE), n_heads, pl.cdiv(n_tiles, together)),
+        grid=(pl.cdiv(n_codes, _TILE), n_heads, pl.cdiv(batch * width, queries)),
         out_shape=jax.ShapeDtypeStruct((batch, n_heads, n_codes, 1 if reduce else width), dtype),
         warps=4, stages=1, name="vq_scores_table",
     )  # fmt: skip
@@ -97,41 +94,35 @@ def _make_table(
     *,
     queries: int,
     width: int,  # X
-    together: int,
     reduce: str | None,
 ):
-    """Makes the scores of one tile of a head's codewords for some tiles of the queries of all batch rows."""
-    head, first = program_id(1), program_id(2) * together
+    """Makes the scores of one tile of a head's codewords for the queries of all batch rows."""
+    head = program_id(1)
     batch, _, group, size = q_ref.shape
     n_codes, lanes = codebook_ref.shape[1], max(16, pl.next_power_of_2(size))
     dtype = jnp.promote_types(q_ref.dtype, codebook_ref.dtype)
     c, d = program_id(0) * _TILE + jnp.arange(_TILE), jnp.arange(lanes)
+    row = program_id(2) * queries + jnp.arange(queries)
+    at, g = row // width, row % width
+    alive = (at < batch) & (g < group)
+    mask = alive[:, None] & (d < size)[None, :]
+    q = triton.load(q_ref.at[at[:, None], head, g[:, None], d[None, :]], mask=mask, other=0)
     mask = (c < n_codes)[:, None] & (d < size)[None, :]
-    words = triton.load(codebook_ref.at[head, c[:, None], d[None, :]], mask=mask, other=0).astype(dtype)
-
-    def tile(i, _):
-        row = (first + i) * queries + jnp.arange(queries)
-        at, g = row // width, row % width
-        alive = (at < batch) & (g < group)
-        mask = alive[:, None] & (d < size)[None, :]
-        q = triton.load(q_ref.at[at[:, None], head, g[:, None], d[None, :]], mask=mask, other=0)
-        scores = jnp.dot(
-            words, q.astype(dtype).T,
-            precision=float32_precision() if dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )  # [P, queries]  # fmt: skip
-        if reduce:
-            scores = jnp.where(alive[None, :], scores, -jnp.inf).reshape(_TILE, queries // width, width)
-            scores = jnp.max(scores, axis=2)
-            at = (first + i) * (queries // width) + jnp.arange(queries // width)
-            place, alive = table_ref.at[at[None, :], head, c[:, None], 0], at < batch
-        else:
-            place = table_ref.at[at[None, :], head, c[:, None], g[None, :]]
-        mask = (c < n_codes)[:, None] & alive[None, :]
-        triton.store(place, scores.astype(table_ref.dtype), mask=mask)
-        return _
-
-    jax.lax.fori_loop(0, together, tile, 0)
+    words = triton.load(codebook_ref.at[head, c[:, None], d[None, :]], mask=mask, other=0)
+    scores = jnp.dot(
+        words.astype(dtype), q.astype(dtype).T,
+        precision=float32_precision() if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )  # [P, queries]  # fmt: skip
+    if reduce:
+        scores = jnp.where(alive[None, :], scores, -jnp.inf).reshape(_TILE, queries // width, width)
+        scores = jnp.max(scores, axis=2)
+        at, g = program_id(2) * (queries // width) + jnp.arange(queries // width), 0
+        place, alive = table_ref.at[at[None, :], head, c[:, None], g], at < batch
+    else:
+        place = table_ref.at[at[None, :], head, c[:, None], g[None, :]]
+    mask = (c < n_codes)[:, None] & alive[None, :]
+    triton.store(place, scores.astype(table_ref.dtype), mask=mask)
 
 
 def _look_up(
