@@ -25,7 +25,7 @@ _PEERS = ("streaming_llm", "snapkv", "tova", "knorm", "h2o")
 _SWEEP = (
     "", "chunk=64", "chunk=128", "chunk=512", "stride=3", "stride=4", "n_recent=28", "n_recent=124",
     "n_recent=252", "recent=0.25", "recent=0.5", "n_sinks=0", "similarity=l2", "similarity=dot",
-    "before_rope=False", "log_n=False", "rounds=8", "rounds=12", "slack=1", "slack=64",
+    "before_rope=False", "log_n=False", "rounds=8", "rounds=12", "slack=1", "slack=32",
 )  # fmt: skip
 
 

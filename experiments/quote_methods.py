@@ -89,7 +89,7 @@ def _chelsea_speed(options: str, part: str = "decode") -> str:
 
 def _chelsea_requests() -> str:
     """Returns the times of prompts and their answers."""
-    stored, path = results.newest("chelsea", " speed", "chelsea_speed", part="end_to_end")
+    stored, path = results.newest("chelsea", " speed", "chelsea_speed", claim="chelsea.end_to_end_speedup")
     lines = ["| method | rows | prompt, s | answer, s | times as fast |", "|---|---|---|---|---|"]
     for r in (r for r in stored["rows"] if r["part"] == "end_to_end"):
         scaled = f" (scaled from {r['prefill_rows']} rows)" if r["prefill_is_scaled"] else ""
@@ -249,13 +249,13 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "quality of Gemma at half": functools.partial(_chelsea_quality, "--model gemma3-270m --dtype"),
     "quality of Qwen": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32 --texts"),
     "quality of Qwen in prose": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32 --docs 3"),
-    "sweep": functools.partial(_chelsea_sweep, "--dtype float32"),
-    "recent": functools.partial(_chelsea_sweep, "--texts"),
+    "sweep": functools.partial(_chelsea_sweep, f"{PROSE} --keeps 0.2 --calibrated"),
+    "sweep of passes": functools.partial(_chelsea_sweep, f"{PROSE} --keeps 0.2 --settings rounds=8"),
+    "sweep of equal budgets": functools.partial(_chelsea_sweep, "--dtype float32"),
+    "recent": functools.partial(_chelsea_sweep, f"{PROSE} --docs 4"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
     "long": _chelsea_long,
-    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "cluster"),
-    "speed by length": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "line"),
-    "speed of Qwen": functools.partial(_chelsea_speed, "--cases qwen2.5-1.5b"),
+    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "line"),
     "requests": _chelsea_requests,
 }
 A2ATS: Mapping[str, Callable[[], str]] = {
