@@ -6,6 +6,7 @@ import pytest
 
 import kvjax
 from experiments import chelsea, chelsea_long, results, scoring
+from kvjax import reading
 from tests.tiny_models import byte_tokenizer, tiny
 
 SIZES = {
@@ -52,6 +53,18 @@ def test_every_row_is_measured_once_and_drawn(command, tmp_path, monkeypatch):
         monkeypatch.setattr(scoring, name, measures)
     monkeypatch.setattr(chelsea_long, "_decoded", measures)
     assert chelsea.main(arguments) == 0
+
+
+def test_a_sweep_lets_go_of_the_programs_of_a_row(tmp_path, monkeypatch):
+    """Dozens of settings would run out of a process's memory mappings on a CPU."""
+    model = tiny(byte_tokenizer(), context=512, windows=(None,))
+    monkeypatch.setattr(kvjax, "load", lambda name, dtype=None: model)
+    counts = []
+    for settings in ("chunk=32",), ("chunk=32", "chunk=64", "stride=3"):
+        arguments = ["sweep", *SIZES["sweep"][:-2], *settings, "--calibrated", "--out"]
+        assert chelsea.main([*arguments, str(tmp_path / str(len(settings)))]) == 0
+        counts.append(reading._compress._cache_size())
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize(
