@@ -6,7 +6,7 @@ import pytest
 
 import kvjax
 from experiments import chelsea, chelsea_long, results, scoring
-from kvjax import reading
+from kvjax import replay
 from tests.tiny_models import byte_tokenizer, tiny
 
 SIZES = {
@@ -63,7 +63,7 @@ def test_a_sweep_lets_go_of_the_programs_of_a_row(tmp_path, monkeypatch):
     for settings in ("chunk=32",), ("chunk=32", "chunk=64", "stride=3"):
         arguments = ["sweep", *SIZES["sweep"][:-2], *settings, "--calibrated", "--out"]
         assert chelsea.main([*arguments, str(tmp_path / str(len(settings)))]) == 0
-        counts.append(reading._compress._cache_size())
+        counts.append(replay._finish_layer._cache_size())
     assert counts[0] == counts[1] > 0
 
 
