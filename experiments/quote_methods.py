@@ -253,6 +253,7 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "sweep of passes": functools.partial(_chelsea_sweep, f"{PROSE} --keeps 0.2 --settings rounds=8"),
     "sweep of equal budgets": functools.partial(_chelsea_sweep, "--dtype float32"),
     "recent": functools.partial(_chelsea_sweep, f"{PROSE} --docs 4"),
+    "recent with a table": functools.partial(_chelsea_quality, f"{PROSE} --docs 4"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
     "long": _chelsea_long,
     "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "line"),
