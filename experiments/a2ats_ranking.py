@@ -21,11 +21,15 @@ _PAGE = 16
 
 @dataclass(frozen=True, eq=False)
 class Book:
-    """Codewords in the frame k A, and A; both [K ...]. rotated: of keys that were rotated."""
+    """Codewords in the frame k A, and A; both [K ...].
+
+    rotated: of keys that were rotated. dtype: that queries and codewords are rounded to, to be ranked by.
+    """
 
     centroids: Float[Array, "K C D"]
     metric: Float[Array, "K D D"]
     rotated: bool = False
+    dtype: Any = jnp.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +127,9 @@ def _coded(q: Float[Array, "Q K G D"], k: Float[Array, "T K D"], book: Book) -> 
     exact = {"precision": jax.lax.Precision.HIGHEST}
     own = jnp.einsum("tkd,kde->kte", k, book.metric, **exact)
     codes = vq_assign(own[None], book.centroids)[0].astype(jnp.int32)  # [K T]
-    back = jnp.swapaxes(jnp.linalg.inv(book.metric), -1, -2)
-    table = jnp.einsum("qkgd,kde,kce->kgqc", q, back, book.centroids, **exact)
+    words = jnp.einsum("kcd,kde->kce", book.centroids, jnp.linalg.inv(book.metric), **exact)
+    q, words = (x.astype(book.dtype).astype(jnp.float32) for x in (q, words))
+    table = jnp.einsum("qkgd,kcd->kgqc", q, words, **exact)
     return jnp.take_along_axis(table, codes[:, None, None], axis=-1)
 
 

@@ -5,6 +5,7 @@
     rotated     codes of rotated keys, ‖k − c‖² least
     plain       codes of keys before their rotation, ranked by q R_b
     aware       the same, (k − c) Q2 (k − c)ᵀ least
+    rounded     as `aware`, queries and codewords in bfloat16, as a model of that type has them
     refined     the same codebook after gradient steps on the scores
     quest       pages of 16 tokens by upper bounds, as many tokens as the union of `aware` reads
 
@@ -13,7 +14,7 @@ A query head ranks the tokens between the first `n_sinks` and the newest `window
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from kvjax.rope import rotate
 
 __all__ = ["Recall", "recall", "records"]
 
-_NAMES = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
+_NAMES = ("exact", "far", "rotated", "plain", "aware", "rounded", "refined", "quest")
 _FIGURES = ("recall", "mass", "mass_union", "read")
 
 
@@ -185,6 +186,7 @@ def _codebooks(found: statistics.Statistics, j: int, layer: Layer, settings: Rec
         "plain": Book(fit(keys, key).centroids, same),
         "aware": Book(fit(own, key).centroids, metric),
     }
+    books["rounded"] = replace(books["aware"], dtype=jnp.bfloat16)
     if settings.steps:
         back = jnp.swapaxes(jnp.linalg.inv(metric), -1, -2)
         far = jnp.einsum("rkgd,kde->kgre", jnp.asarray(found.queries[j]), back)

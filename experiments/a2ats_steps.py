@@ -77,7 +77,7 @@ def _floors(model: Model, state: State, rates: tuple[float, float], counts: list
         device = weight_bytes(model) + sum(int(x.fill.sum()) * (slot + 8) for x in state)
         crossed = 0.0
     else:
-        index = sum(x.aux.codes.nbytes + x.aux.centroids.nbytes for x in state)
+        index = sum(x.aux.codes.nbytes + x.aux.centroids.nbytes + x.aux.words.nbytes for x in state)
         device = weight_bytes(model) + index + read * slot
         crossed = missed * (2 * model.config.head_dim if isinstance(kv.tier.far, Codes) else slot)
     return {

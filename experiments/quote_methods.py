@@ -133,7 +133,7 @@ def _a2ats_recall(options: str) -> str:
     heads = [f"top {ratio:.1%}" for ratio in ratios]
     lines = [f"| {n_layers} layers | {' | '.join(heads)} | attention at {ratios[1]:.0%} | read |"]
     lines.append("|---" * (len(ratios) + 3) + "|")
-    for way in ("exact", "far", "rotated", "plain", "aware", "refined", "quest"):
+    for way in (k for k, x in stored["rows"][0].items() if isinstance(x, dict) and "recall" in x):
         mean = {
             (ratio, figure): statistics.mean(r[way][figure] for r in stored["rows"] if r["ratio"] == ratio)
             for ratio in ratios

@@ -2,7 +2,8 @@
 
 A file `<op>/tuned/<device>.json` holds rows of {"key": {...}, "settings": {...}}. Words of a key
 must match, and `head_dim` be as large, since tiles of larger heads may not fit; of the rows that
-remain, the one whose numbers are nearest, by their ratios, is taken.
+remain, the one whose numbers are nearest, by their ratios, is taken. A GPU without a file takes that of
+another of the same chip, where `_CHIPS` names one.
 """
 
 import contextlib
@@ -23,6 +24,8 @@ from pallas_kernels import backend
 __all__ = ["epoch", "force", "forget", "path", "settings", "watch"]
 
 Settings = TypeVar("Settings")
+
+_CHIPS = {r"NVIDIA G?H[12]00\b.*": "NVIDIA H100 80GB HBM3"}  # H200, H100 PCIe, GH200: other memory
 
 _forced = jax.make_user_context(default_value=None)
 
@@ -93,8 +96,11 @@ def forget() -> None:
 
 @functools.cache
 def _rows(op: str, device: str) -> list[Mapping[str, Any]]:
-    stored = path(op, device)
-    return json.loads(stored.read_text(encoding="utf-8"))["rows"] if stored.exists() else []
+    same_chip = [other for chip, other in _CHIPS.items() if re.fullmatch(chip, device)]
+    for stored in (path(op, name) for name in (device, *same_chip)):
+        if stored.exists():
+            return json.loads(stored.read_text(encoding="utf-8"))["rows"]
+    return []
 
 
 def _matches(row: Mapping[str, Any], case: Mapping[str, Any]) -> bool:

@@ -5,12 +5,14 @@ score needs one look-up in a table of the query's products with all codewords. Q
 fixed distance b, as if all tokens were that far: positions matter to the ranking of near tokens only, and
 those are read anyway.
 
-    u_h[t] = (q_h R_b)·c[code_t]           c in the frame k A, and q in that of A⁻ᵀ, which keeps products
+    code_t = argmin_j ‖k_t A − c_j A‖      before its rotation; in float32
+    u_h[t] = (q_h R_b)·c[code_t]           both as q and k are given, of the model's type
     read   the `topk` tokens of largest u of every query head, the newest `window`, the first `n_sinks`
     attend exactly, over the union of a KV head's query heads
 
 State: an int16 code per slot, 1/(2·D) of the bytes of K and V, how many slots have each code, and the
-layer's codebooks. Holds the whole cache: on the device it saves reads, not memory; on the host, both.
+layer's codewords, in the frame that finds codes and in that of queries. Holds the whole cache: on the device
+it saves reads, not memory; on the host, both.
 
 Source: arXiv 2502.12665, and its released code: w 64, b 2,048, 8 sinks. Deviations: layers whose attention
 is flat are read in full. Codebooks: `kvjax.calibrate`.
@@ -49,9 +51,9 @@ class Index:
     codes: Leaf  # [B R] int16, -1 = none
     counts: Leaf  # [B K C] int32, slots of each code
     recent: Leaf  # [B K W] int32, packed row of the window's token of position p, at p % W; -1 = none
-    centroids: Leaf  # [1 K C D] in the frame k A
-    to_codes: Leaf  # [1 K D D] A, of keys
-    to_scores: Leaf  # [1 K D D] A⁻ᵀ, of queries
+    centroids: Leaf  # [1 K C D] float32, in the frame k A
+    metric: Leaf  # [1 K D D] float32, A
+    words: Leaf  # [1 K C D] the same in the frame of k, of its type
 
 
 @dataclass(frozen=True)
@@ -140,12 +142,13 @@ class A2ATS(CacheMethod):
                 f"codebooks are [K C D] with the model's K and D, {wanted}, got {centroids.shape}: "
                 "calibrate this model"
             )
-        back = jnp.swapaxes(jnp.linalg.inv(metric.astype(jnp.float32)), -1, -2)
-        books = (jnp.asarray(x, jnp.float32)[None] for x in (centroids, metric, back))
+        centroids, metric = (jnp.asarray(x, jnp.float32) for x in (centroids, metric))
+        exact = jax.lax.Precision.HIGHEST
+        words = jnp.einsum("kcd,kde->kce", centroids, jnp.linalg.inv(metric), precision=exact).astype(dtype)
         codes, recent = jnp.full(kv.pos.shape, -1, jnp.int16), jnp.full(kv.fill.shape, -1, jnp.int32)
         recent = jnp.repeat(recent[..., None], self.window, axis=2)
         counts = jnp.zeros((*kv.fill.shape, centroids.shape[1]), jnp.int32)
-        return kv.replace(aux=Index(codes, counts, recent, *books))
+        return kv.replace(aux=Index(codes, counts, recent, centroids[None], metric[None], words[None]))
 
     def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Finds the codes of the new tokens; counts them, and those that leave the window."""
@@ -202,8 +205,7 @@ class A2ATS(CacheMethod):
         """Returns the tokens that this query reads; prompts (T > 1) read all."""
         if self.topk is None or q.shape[1] > 1:
             return None
-        far = rotate(q, jnp.full(q.shape[:4], self.far), kv.layer.rope)[:, 0].astype(jnp.float32)
-        far = jnp.einsum("bkgd,xkde->bkge", far, kv.aux.to_scores, precision=jax.lax.Precision.HIGHEST)
+        far = rotate(q, jnp.full(q.shape[:4], self.far), kv.layer.rope)[:, 0]
         chosen = [self._chosen(kv, far, run) for run in cache.runs(kv.slots)]
         most = max(x.shape[-1] for x in chosen)
         room = [((0, 0), (0, 0), (0, most - x.shape[-1])) for x in chosen]
@@ -231,7 +233,7 @@ class A2ATS(CacheMethod):
         """Returns the slots that the heads of a run read, at most G·topk and what is always read."""
         heads, most = slice(run.head, run.head + run.n), min(self._count(run.size), run.size)
         return vq_topk(
-            far[:, heads], _of(kv.aux, run).centroids[0], cache.view(kv.aux.codes, run),
+            far[:, heads], kv.aux.words[0, heads], cache.view(kv.aux.codes, run),
             kv.aux.counts[:, heads], jnp.minimum(self._count(kv.seen), most),
             k=most, n_always=min(self.n_sinks + self.window, run.size),
         )  # fmt: skip
@@ -247,15 +249,12 @@ class A2ATS(CacheMethod):
 def _of(index: Index, run: cache.Run) -> Index:
     """Returns the codebooks of the heads of a run."""
     heads = slice(run.head, run.head + run.n)
-    return index.replace(
-        centroids=index.centroids[:, heads], to_codes=index.to_codes[:, heads],
-        to_scores=index.to_scores[:, heads],
-    )  # fmt: skip
+    return index.replace(centroids=index.centroids[:, heads], metric=index.metric[:, heads])
 
 
 def _codes(index: Index, k: Float[Array, "B K T D"]) -> Array:
     """Returns the code of every key, which is not rotated."""
     own = jnp.einsum(
-        "bktd,xkde->bkte", k.astype(jnp.float32), index.to_codes, precision=jax.lax.Precision.HIGHEST
+        "bktd,xkde->bkte", k.astype(jnp.float32), index.metric, precision=jax.lax.Precision.HIGHEST
     )
     return vq_assign(own, index.centroids[0])

@@ -86,6 +86,27 @@ def test_settings_of_smaller_heads_are_not_taken(folder):
     assert taken == [7, 7, gpu.Settings().block]
 
 
+def test_a_gpu_without_settings_takes_those_of_the_same_chip(folder):
+    (folder / "op").mkdir()
+
+    def store(device: str, block: int) -> None:
+        path = folder / "op" / f"{device}.json"
+        path.write_text(json.dumps({"rows": [{"key": {"rows": 9}, "settings": {"block": block}}]}))
+        tuning.forget()
+
+    def taken(device: str) -> int:
+        with aim(Target("gpu", device, "forward")):
+            return tuning.settings("op", gpu.Settings(), rows=9).block
+
+    store("NVIDIA H100 80GB HBM3", 7)
+    like = ("NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe")
+    others = ("NVIDIA A100-SXM4-80GB", "NVIDIA H20", "NVIDIA B200")
+    assert [taken(device) for device in like] == [7, 7, 7]
+    assert [taken(device) for device in others] == [gpu.Settings().block] * 3
+    store("NVIDIA H200", 5)
+    assert taken("NVIDIA H200") == 5
+
+
 def test_where_there_is_nothing_to_tune_on_it_says_so(capsys):
     assert tune.main([]) == 2
     assert "tuned on a GPU or TPU, got platform 'cpu'" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def test_every_way_to_rank_is_measured_once(tmp_path, monkeypatch, learned):
     rows = {row["ratio"]: row for row in data["rows"]}
     assert [(row["layer"], row["ratio"]) for row in data["rows"]] == [(1, 0.05), (1, 0.2)]  # 0 has a window
     for ratio, row in rows.items():
-        ways = ("exact", "far", "rotated", "plain", "aware", "refined", "quest")
+        ways = ("exact", "far", "rotated", "plain", "aware", "rounded", "refined", "quest")
         for name, of in ((name, row[name]) for name in ways):
             assert all(math.isfinite(of[k]) and 0 < of[k] <= 1.00001 for k in ("mass", "mass_union", "read"))
             assert of["recall"] <= row["exact"]["recall"] == 1, name
