@@ -141,7 +141,7 @@ def _split(settings: Speed, stored: Results) -> Results:
             state = filled(
                 model, method, whole["rows"], case.tokens - settings.steps, case.tokens, settings.seed
             )
-            stored = stored.add(wanted, split(model, method, state, settings.steps, settings.samples))
+            stored = stored.add(wanted, split(model, method, state, settings))
         row = stored.find(wanted)
         share = row["rank_us"] / whole["step_us"]
         shares.append(share)

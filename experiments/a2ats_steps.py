@@ -20,7 +20,7 @@ from kvjax.model import Model
 from kvjax.states import State
 from pallas_kernels import Codes, dispatch, timing
 
-__all__ = ["timed"]
+__all__ = ["timed", "tokens_read"]
 
 
 def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings: Any) -> dict[str, Any]:
@@ -47,18 +47,18 @@ def timed(model: Model, method: CacheMethod, tokens: int, rows: int, *, settings
             start = time.perf_counter()
             _, logits, state, _ = jax.block_until_ready(kvjax.decode(model, logits, state, method, forced))
             times.append((time.perf_counter() - start) / settings.steps * 1e6)
-            before = _counts(state) if i == 1 else before
+            before = tokens_read(state) if i == 1 else before
     if not bool(jnp.isfinite(logits).all()) or any(int(kv.seen.min()) != tokens for kv in state):
         raise RuntimeError("the steps that were timed went wrong: tokens are missing, or logits not finite")
     step = statistics.median(times[2:])
     n_steps = settings.steps * settings.samples
     values = {"impl": taken, "step_us": step, "tokens_per_s": rows / step * 1e6, "samples_us": times[2:]}
-    counts = [(b - a) / n_steps for a, b in zip(before, _counts(state), strict=True)]
+    counts = [(b - a) / n_steps for a, b in zip(before, tokens_read(state), strict=True)]
     values |= _floors(model, state, rates, counts)
     return values | {"fraction": max(values["device_floor_us"], values["bus_floor_us"]) / step}
 
 
-def _counts(state: State) -> tuple[float, float]:
+def tokens_read(state: State) -> tuple[float, float]:
     """Returns the tokens read and missed so far, of all layers with a tier."""
     held = [kv.tier for kv in state if kv.tier is not None]
     return sum(_sum(t.read) for t in held), sum(_sum(t.missed) for t in held)

@@ -41,6 +41,8 @@ def test_every_part_has_its_rows_and_claims(measured):
         )
     }  # fmt: skip
     assert all(math.isfinite(value) for value in data["claims"].values())
+    whole, split = data["rows"][1], data["rows"][5]
+    assert abs(split["hit_rate"] - whole["hit_rate"]) < 0.05  # it asks for what the model asks for
     assert data["claims"]["a2ats.max_context_tokens"] == 1024
 
 
