@@ -51,9 +51,10 @@ def split(model: Model, method: CacheMethod, state: State, settings: Any) -> dic
 
 
 def _asked(model: Model, ids: Int[np.ndarray, "B T"]) -> tuple[Queries, ...]:
-    """Returns the queries [T B 1 K G D] of every layer."""
-    _, _, records = replay.record(model, ids.tolist(), room=0, chunk=ids.shape[1])
-    return jax.block_until_ready(tuple(jnp.swapaxes(r.q, 0, 1)[:, :, None] for r in records))
+    """Returns the queries [T B 1 K G D] of every layer, of tokens that see none but themselves."""
+    _, _, records = replay.record(model, ids.T.reshape(-1, 1).tolist(), room=0, chunk=1)
+    shape = ids.shape[::-1]
+    return jax.block_until_ready(tuple(r.q.reshape(*shape, *r.q.shape[1:]) for r in records))
 
 
 @functools.partial(jax.jit, static_argnames=("methods", "upto"), donate_argnames="state")
