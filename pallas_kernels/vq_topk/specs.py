@@ -16,7 +16,10 @@ _MARKED = 12  # slots of a head that are marked
 
 @dataclass(frozen=True)
 class ChoiceSpec(Spec):
-    """Sizes in the alphabet. few: codewords that most slots have, so that thresholds cut through them."""
+    """Sizes in the alphabet. few: codewords that most slots have, so that thresholds cut through them.
+
+    dtype: of queries and codewords.
+    """
 
     batch: int
     heads: int
@@ -26,19 +29,20 @@ class ChoiceSpec(Spec):
     slots: int
     k: int
     few: int = 0
+    dtype: str = "float32"
     uses: tuple[str, ...] = ("test",)
 
     @property
     def name(self) -> str:
-        """For example b8-k8-g4-d128-c4096-s32768-top983."""
+        """For example b8-k8-g4-d128-c4096-s32768-top983-bfloat16."""
         heads = f"b{self.batch}-k{self.heads}-g{self.group}-d{self.head_dim}"
         few = f"-few{self.few}" if self.few else ""
-        return f"{heads}-c{self.codes}-s{self.slots}-top{self.k}{few}"
+        return f"{heads}-c{self.codes}-s{self.slots}-top{self.k}{few}-{self.dtype}"
 
     def arrays(self, key: jax.Array) -> dict[str, Any]:
         """Makes inputs of whole numbers, whose products are exact and often equal; rows choose k and less."""
         keys = jax.random.split(key, 6)
-        whole = lambda key, *shape: jax.random.randint(key, shape, -4, 5).astype(jnp.float32)  # noqa: E731
+        whole = lambda key, *shape: jax.random.randint(key, shape, -4, 5).astype(self.dtype)  # noqa: E731
         shape = (self.batch, self.heads, self.slots)
         codes = jax.random.randint(keys[0], shape, 0, self.codes)
         if self.few:
@@ -62,7 +66,8 @@ class ChoiceSpec(Spec):
         """Returns the bytes of the codes, the codebook, the counts, and the indices."""
         limit = min(self.group * self.k + _MARKED, self.slots)
         per_head = 2 * self.slots + 4 * self.codes + 4 * limit
-        return self.batch * self.heads * per_head + 4 * self.heads * self.codes * self.head_dim
+        words = self.heads * self.codes * self.head_dim * jnp.dtype(self.dtype).itemsize
+        return self.batch * self.heads * per_head + words
 
     def limit(self) -> float:
         """Indices are the reference's."""
@@ -72,14 +77,14 @@ class ChoiceSpec(Spec):
 _TIMED = ("bench", "tune")
 
 SPECS = (
-    ChoiceSpec(2, 2, 4, 64, 200, 3000, 90),
+    ChoiceSpec(2, 2, 4, 64, 200, 3000, 90, dtype="bfloat16"),
     ChoiceSpec(3, 2, 3, 32, 130, 5000, 700, few=3),
     ChoiceSpec(4, 1, 1, 16, 40, 300, 300),  # MHA; a head may choose all
     ChoiceSpec(1, 1, 8, 128, 64, 5, 2),
-    ChoiceSpec(8, 8, 4, 128, 4096, 32768, 983, uses=_TIMED),
-    ChoiceSpec(45, 8, 4, 128, 4096, 32768, 983, uses=_TIMED),
-    ChoiceSpec(1, 8, 4, 128, 4096, 131072, 2048, uses=_TIMED),
-    ChoiceSpec(1, 8, 4, 128, 4096, 524288, 7864, uses=_TIMED),
+    ChoiceSpec(8, 8, 4, 128, 4096, 32768, 983, dtype="bfloat16", uses=_TIMED),
+    ChoiceSpec(45, 8, 4, 128, 4096, 32768, 983, dtype="bfloat16", uses=_TIMED),
+    ChoiceSpec(1, 8, 4, 128, 4096, 131072, 2048, dtype="bfloat16", uses=_TIMED),
+    ChoiceSpec(1, 8, 4, 128, 4096, 524288, 7864, dtype="bfloat16", uses=_TIMED),
 )
 
 
