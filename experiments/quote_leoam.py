@@ -156,8 +156,8 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "quality of Gemma": functools.partial(_quality, f"{GEMMA} --dtype float32 --docs 2"),
     "quality of Gemma, abstracts": functools.partial(_quality, f"{_KINDS} leoam:known_by=mean"),
     "quality of Gemma, codes": functools.partial(_quality, f"{_KINDS} leoam:leaf=8"),
-    "quality of Qwen, abstracts": functools.partial(
-        _quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --shares"
+    "quality of Qwen beside A²ATS": functools.partial(
+        _quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --shares 0.1 0.2 --methods leoam leoam"
     ),
     "quality of Qwen": functools.partial(_quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --keys"),
     "speed": functools.partial(
