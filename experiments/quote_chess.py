@@ -93,6 +93,11 @@ CHESS: Mapping[str, Callable[[], str]] = {
         "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats "
         "--sparsities 0.5 --refine 40",
     ),
+    "refined, of Gemma": functools.partial(
+        _chess_quality,
+        f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 16384 --methods chess cats --sparsities 0.5 "
+        "--refine 40",
+    ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity", " --samples 5", True),
     "speed of batches": functools.partial(_chess_speed, "sparsity", " --methods chess:plus=True --samples 5"),
