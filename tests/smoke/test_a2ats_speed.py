@@ -3,9 +3,10 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 
-from experiments import a2ats_speed, decode_model, results
+from experiments import a2ats_speed, a2ats_split, decode_model, results
 from experiments.a2ats_speed import Speed, speed
 from experiments.a2ats_steps import timed
 from experiments.a2ats_synthetic import locality
@@ -42,7 +43,7 @@ def test_every_part_has_its_rows_and_claims(measured):
     }  # fmt: skip
     assert all(math.isfinite(value) for value in data["claims"].values())
     whole, split = data["rows"][1], data["rows"][5]
-    assert abs(split["hit_rate"] - whole["hit_rate"]) < 0.05  # it asks for what the model asks for
+    assert abs(split["hit_rate"] - whole["hit_rate"]) < 0.05
     assert data["claims"]["a2ats.max_context_tokens"] == 1024
 
 
@@ -62,6 +63,20 @@ def test_a_step_is_compared_with_its_bytes(measured):
         assert 0 < row["missed_per_step"] < row["read_per_step"]
         assert row["bus_bytes"] == row["missed_per_step"] * row_bytes
         assert row["fraction"] == max(row["device_floor_us"], row["bus_floor_us"]) / row["step_us"]
+
+
+def test_a_split_asks_by_tokens_that_share_no_prompt():
+    """Queries of one prompt are alike, and would find more on the device than a step's."""
+    config = decode_model.config_of("tiny", 2)
+    ids = np.array([[3, 5, 3], [5, 5, 9]])
+    asked = a2ats_split._asked(decode_model.random("tiny", config, 0), ids)
+    assert len(asked) == 2
+    for q in (np.asarray(x, np.float32) for x in asked):
+        assert q.shape == (3, 2, 1, config.n_kv_heads, config.group, config.head_dim)
+        by_token = {token: q[token == ids.T] for token in (3, 5, 9)}
+        for own in by_token.values():
+            np.testing.assert_allclose(own, own[:1].repeat(len(own), 0), rtol=1e-2, atol=1e-2)
+        assert np.abs(by_token[3][0] - by_token[5][0]).max() > 0.1
 
 
 def test_the_same_command_goes_on_from_its_rows(measured, monkeypatch, capsys):
