@@ -59,8 +59,8 @@ def run(q, codebook, codes, *, reduce, dtype):
     return out[:, :, 0] if reduce else out
 
 
-def tables(q, codebook, reduce, dtype):
-    """Returns the scores of the codewords, [B K C X].
+def tables(q, codebook, reduce, dtype, *, by_query: bool = False):
+    """Returns the scores of the codewords, [B K C X], or [B K G C] of each query head side by side.
 
     Raises:
         NotImplementedError: for types or sizes that the kernel does not take.
@@ -78,11 +78,12 @@ def tables(q, codebook, reduce, dtype):
         )
     n_codes, width = codebook.shape[1], pl.next_power_of_2(group)
     queries = max(16, width, min(_TILE, pl.next_power_of_2(batch * width)))
+    shape = (group, n_codes) if by_query else (n_codes, 1 if reduce else width)
     return gpu_call(
-        functools.partial(_make_table, queries=queries, width=width, reduce=reduce),
+        functools.partial(_make_table, queries=queries, width=width, reduce=reduce, by_query=by_query),
         q, codebook,
         grid=(pl.cdiv(n_codes, _TILE), n_heads, pl.cdiv(batch * width, queries)),
-        out_shape=jax.ShapeDtypeStruct((batch, n_heads, n_codes, 1 if reduce else width), dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, n_heads, *shape), dtype),
         warps=4, stages=1, name="vq_scores_table",
     )  # fmt: skip
 
@@ -90,11 +91,12 @@ def tables(q, codebook, reduce, dtype):
 def _make_table(
     q_ref,  # [B K G D]
     codebook_ref,  # [K C D]
-    table_ref,  # [B K C X], or [B K C 1]
+    table_ref,  # [B K C X], [B K C 1], or [B K G C]
     *,
     queries: int,
     width: int,  # X
     reduce: str | None,
+    by_query: bool,
 ):
     """Makes the scores of one tile of a head's codewords for the queries of all batch rows."""
     head = program_id(1)
@@ -119,6 +121,8 @@ def _make_table(
         scores = jnp.max(scores, axis=2)
         at, g = program_id(2) * (queries // width) + jnp.arange(queries // width), 0
         place, alive = table_ref.at[at[None, :], head, c[:, None], g], at < batch
+    elif by_query:
+        place = table_ref.at[at[None, :], head, g[None, :], c[:, None]]
     else:
         place = table_ref.at[at[None, :], head, c[:, None], g[None, :]]
     mask = (c < n_codes)[:, None] & alive[None, :]

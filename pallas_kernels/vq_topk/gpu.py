@@ -54,7 +54,7 @@ def run(q, codebook, codes, counts, n, *, k: int, n_always: int):
         raise NotImplementedError(
             f"the kernel takes up to {SURE} query heads per KV head, got G={group}: use the reference"
         )
-    table = tables(q, codebook, None, jnp.float32)
+    table = tables(q, codebook, None, jnp.float32, by_query=True)
     chosen = tuning.settings(
         "vq_topk", Settings(), group=group, codes=n_codes, heads=batch * n_heads, slots=n_slots
     )

@@ -15,7 +15,7 @@ SURE = 30  # the bit of a codeword whose slots are taken; below it, one for each
 
 def marked(table, counts, n, group: int, warps: int):
     """Returns what becomes of codewords' slots, [B K C] and [B K C/16], and the quotas [B K G]."""
-    batch, n_heads, n_codes, _ = table.shape
+    batch, n_heads, _, n_codes = table.shape
     per_query, per_code, per_word = (
         jax.ShapeDtypeStruct((batch, n_heads, x), jnp.int32) for x in (group, n_codes, pl.cdiv(n_codes, 16))
     )
@@ -31,7 +31,7 @@ def marked(table, counts, n, group: int, warps: int):
 
 
 def _bound(
-    table_ref,  # [B K C X]
+    table_ref,  # [B K G C]
     counts_ref,  # [B K C]
     n_ref,  # [B]
     low_ref,  # [B K G] key of the threshold
@@ -39,10 +39,10 @@ def _bound(
 ):
     """Bisects one query head's threshold."""
     g, head, row = program_id(0), program_id(1), program_id(2)
-    n_codes = table_ref.shape[2]
+    n_codes = table_ref.shape[3]
     c = jnp.arange(pl.next_power_of_2(n_codes))
     count = triton.load(counts_ref.at[row, head, c], mask=c < n_codes, other=0)
-    score = triton.load(table_ref.at[row, head, c, g], mask=c < n_codes, other=-jnp.inf)
+    score = triton.load(table_ref.at[row, head, g, c], mask=c < n_codes, other=-jnp.inf)
     key = ordered(score)
     alive = jnp.sum(count, axis=0)
     wanted = jnp.minimum(n_ref[row], alive)
@@ -88,7 +88,7 @@ def _narrowed(score, key, total, start, wanted):
 
 
 def _mark(
-    table_ref,  # [B K C X]
+    table_ref,  # [B K G C]
     low_ref,  # [B K G]
     quota_ref,  # [B K G]
     marks_ref,  # [B K C]
@@ -96,17 +96,16 @@ def _mark(
 ):
     """Marks some codewords of one KV head."""
     head, row = program_id(1), program_id(2)
-    (n_codes, width), group = table_ref.shape[2:], low_ref.shape[2]
-    c, x = program_id(0) * _CODES + jnp.arange(_CODES), jnp.arange(width)
-    mask = (c < n_codes)[:, None] & (x < group)[None, :]
-    key = ordered(triton.load(table_ref.at[row, head, c[:, None], x[None, :]], mask=mask, other=-jnp.inf))
-    low = triton.load(low_ref.at[row, head, x], mask=x < group, other=0)[None, :]
-    tie = (key == low) & (triton.load(quota_ref.at[row, head, x], mask=x < group, other=0) > 0)[None, :]
-    bits = jnp.where(key > low, 1 << SURE, jnp.where(tie, 1 << x[None, :], 0))
-    sure = jnp.max(bits & (1 << SURE), axis=1)
-    some = jnp.sum(bits & ((1 << SURE) - 1), axis=1)
-    triton.store(marks_ref.at[row, head, c], sure | some, mask=c < n_codes)
-    kind = (sure > 0).astype(jnp.int32) | (some > 0).astype(jnp.int32) << 1
+    group, n_codes = table_ref.shape[2:]
+    c = program_id(0) * _CODES + jnp.arange(_CODES)
+    sure, some = jnp.zeros((_CODES,), jnp.int32), jnp.zeros((_CODES,), jnp.int32)
+    for g in range(group):
+        key = ordered(triton.load(table_ref.at[row, head, g, c], mask=c < n_codes, other=-jnp.inf))
+        low, taken = low_ref[row, head, g], (quota_ref[row, head, g] > 0).astype(jnp.int32)
+        sure |= (key > low).astype(jnp.int32)
+        some |= ((key == low).astype(jnp.int32) & taken) << g
+    triton.store(marks_ref.at[row, head, c], sure << SURE | some, mask=c < n_codes)
+    kind = sure | (some > 0).astype(jnp.int32) << 1
     words = jnp.sum(kind.reshape(_CODES // 16, 16) << (2 * jnp.arange(16))[None, :], axis=1)
     w = program_id(0) * (_CODES // 16) + jnp.arange(_CODES // 16)
     triton.store(kinds_ref.at[row, head, w], words, mask=w < kinds_ref.shape[2])
