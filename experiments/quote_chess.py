@@ -22,7 +22,7 @@ def _chess_quality(options: str) -> str:
         "| FFN error |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in stored["rows"]:
+    for r in sorted(stored["rows"], key=lambda r: r["sparsity_asked"]):
         cells = [f"{r['sparsity_asked']:.0%}", r["name"], r["form"], *[""] * 2]
         if "sites" in r:
             shares = [x for site in r["sites"].values() for x in site]
@@ -70,7 +70,11 @@ def _chess_speed(part: str, options: str, whole: bool = False) -> str:
 
 
 CHESS: Mapping[str, Callable[[], str]] = {
-    "quality": functools.partial(_chess_quality, "--learned moby-dick.txt"),
+    "quality": functools.partial(
+        _chess_quality,
+        "--dtype float32 --learned moby-dick.txt --methods chess chess:plus=True cats teal "
+        "--sparsities 0.5 0.7 0.3 0.4 0.6 --refine 40",
+    ),
     "quality of Gemma": functools.partial(
         _chess_quality,
         f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.3 0.5 0.7",
@@ -87,11 +91,6 @@ CHESS: Mapping[str, Callable[[], str]] = {
         _chess_quality,
         "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats teal "
         "chess:statistic=rms chess:group=8 chess:group=128 --sparsities 0.5",
-    ),
-    "refined": functools.partial(
-        _chess_quality,
-        "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats "
-        "--sparsities 0.5 --refine 40",
     ),
     "refined, of Gemma": functools.partial(
         _chess_quality,

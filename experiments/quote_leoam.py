@@ -165,7 +165,6 @@ LEOAM: Mapping[str, Callable[[], str]] = {
         "--samples 2",
         "--cases llama-3.1-8b:8x32768 --names full leoam-host",
         "--cases llama-3.1-8b:8x32768 --names full prefetch",
-        "--cases longchat-7b:1x32768 --names full fixed leoam",
         "--cases longchat-7b:1x32768 --names full prefetch fixed leoam",
     ),
     "faults": _faults,

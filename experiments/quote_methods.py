@@ -19,6 +19,7 @@ _SPEED = """
 """
 
 GEMMA, QWEN = "--model gemma3-270m", "--model qwen2.5-coder-1.5b"
+_QWEN_PROSE = f"{QWEN} --dtype float32 --docs 3 --calibration 2 --context 4096 --rest 128 --keeps"
 PROSE = "--texts moby-dick.txt pydoc_data.topics"
 
 
@@ -248,7 +249,8 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "quality of Gemma": functools.partial(_chelsea_quality, "--model gemma3-270m --texts"),
     "quality of Gemma at half": functools.partial(_chelsea_quality, "--model gemma3-270m --dtype"),
     "quality of Qwen": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32 --texts"),
-    "quality of Qwen in prose": functools.partial(_chelsea_quality, f"{QWEN} --dtype float32 --docs 3"),
+    "quality of Qwen in prose": functools.partial(_chelsea_quality, f"{_QWEN_PROSE} 0.2"),
+    "quality of Qwen in prose at a tenth": functools.partial(_chelsea_quality, f"{_QWEN_PROSE} 0.1"),
     "sweep": functools.partial(_chelsea_sweep, f"{PROSE} --keeps 0.2 --calibrated"),
     "sweep of passes": functools.partial(_chelsea_sweep, f"{PROSE} --keeps 0.2 --settings rounds=8"),
     "sweep of equal budgets": functools.partial(_chelsea_sweep, "--dtype float32"),
