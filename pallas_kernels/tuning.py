@@ -74,7 +74,7 @@ def settings(op: str, default: Settings, **key: int | str) -> Settings:
     """Returns the settings for a case, of default's type.
 
     Args:
-        op: the op, or "op/part" for a kernel of its own inside an op.
+        op: its name.
         key: what the best settings depend on: numbers and words.
     """
     chosen = default

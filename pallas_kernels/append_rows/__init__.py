@@ -43,7 +43,7 @@ def append_rows(
     come the vectors of `turn`, rotated; None without.
 
     Args:
-        stores: arrays [B R] or [B R D] of any types, a pytree, in which the heads lie one after the other.
+        stores: arrays [B R] or [B R D], a pytree, in which the heads lie one after the other.
             R = Σ slots.
         rows: what is written, [B K T] or [B K T D], of the same types and structure.
         fill: the first free slot of each head.
@@ -55,6 +55,7 @@ def append_rows(
 
     Raises:
         ValueError: for shapes or types that disagree.
+        NotImplementedError: for rows of several types, where impl names a kernel.
 
     Cost: writes B·K·T rows of each store, in one launch, which also counts where T <= 16.
 
@@ -94,5 +95,6 @@ def _check_turn(turn: Turn, stores: list[Any], sizes: tuple[int, int, int]) -> N
     if not fit or len(widths) > 1 or not turn.cos.shape[:-1] == turn.sin.shape[:-1] == sizes[:2]:
         raise ValueError(
             "a token has a cosine and a sine for each two channels, vectors are [B T K G D], turned stores "
-            f"[B R D]: got {turn.cos.shape=}, {[x.shape for x in (*vectors, *turned)]} for [B T K] = {sizes}"
+            f"[B R D]: got {turn.cos.shape=}, {turn.sin.shape=}, {[x.shape for x in (*vectors, *turned)]} "
+            f"for [B T K] = {sizes}"
         )

@@ -39,7 +39,7 @@ def assign_lines(
         line: the line of each block, all heads' one after the other, M = Σ blocks.counts; -1 is none.
         held: the block that each line holds; -1 is none. What `line` says the other way round.
         used: when each line was read last, -1 is never.
-        idx: blocks that each head reads, equal ones next to each other; -1 is none.
+        idx: blocks that each head reads, equal ones next to each other, of 1 slot once; -1 is none.
         now: the time, above all of `used`.
         blocks: capacity of each KV head and slots per block.
         impl: None, "reference" or "gpu", see `dispatch`. On TPU the reference runs.

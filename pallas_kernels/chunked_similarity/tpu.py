@@ -46,7 +46,7 @@ def run(k, mass, *, slots, chunk, stride, kind):
         )
     grain = math.gcd(tile, *slots)  # g
     held = slots
-    if padded != chunk or grain % 16:
+    if padded != chunk or grain % 16 or k.shape[1] < padded:
         chunks = [_chunks(part, chunk, padded, 1, 0) for part in _heads(k, slots)]
         k, grain = jnp.concatenate(chunks, axis=1).reshape(batch, -1, size), tile
         held = tuple(-(-s // chunk) * padded for s in slots)

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.backend import debug_check
 from pallas_kernels.merge_rows import gpu, reference
 
 __all__ = ["MergeForm", "Merged", "merge_rows"]
@@ -83,12 +85,14 @@ def merge_rows(
             raise ValueError(f"there is one n per row, got {x.shape} for {n.shape=}")
     if into.shape != n.shape or len(old) != len(n) or sum(form.slots) != n.shape[1]:
         raise ValueError(
-            f"each row goes into one or stays, got {into.shape=} and {old.shape=} for {n.shape=}"
+            f"each row goes into one or stays, got {into.shape=} and {old.shape=} for {n.shape=} and "
+            f"{form.slots=}"
         )
     if frequencies is not None and (pos is None or frequencies.shape != (rows[0].shape[2] // 2,)):
         raise ValueError(
-            f"a rotation has positions and a frequency for each two channels, got {pos=} and "
-            f"{frequencies.shape} for {rows[0].shape}"
+            "a rotation has positions and a frequency for each two channels, got "
+            f"{None if pos is None else pos.shape} and {frequencies.shape} for {rows[0].shape}"
         )
+    debug_check(lambda: jnp.all((into < n.shape[1]).sum(1) <= form.most), "more rows merge than form.most")
     impls = {"reference": reference.run, "gpu": gpu.run}
     return Merged(*dispatch.run("merge_rows", impl, impls, rows, n, old, into, pos, frequencies, form=form))

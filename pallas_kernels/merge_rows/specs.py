@@ -71,7 +71,6 @@ class MergeSpec(Spec):
 
     def options(self) -> dict[str, Any]:
         """Returns how many merge and from where, and the factor of a rotation, an unusual one."""
-        head = self.rows // 2
         head, factor = self.rows // 2, 1.25 if self.turned else 1.0
         return {"form": MergeForm((head, self.rows - head), self.merges, self.reach, factor)}
 

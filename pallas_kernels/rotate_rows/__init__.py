@@ -41,7 +41,7 @@ def rotate_rows(
         >>> rotate_rows(x, pos, jnp.asarray([jnp.pi / 4])).round(3).tolist()
         [[[-0.0, 1.0]]]
     """
-    if pos.shape != x.shape[:2] or frequencies.shape != (x.shape[2] // 2,):
+    if pos.shape != x.shape[:2] or 2 * frequencies.size != x.shape[2] or frequencies.ndim != 1:
         raise ValueError(
             f"each row has a position and each two channels a frequency, got {pos.shape=} and "
             f"{frequencies.shape=} for {x.shape=}"

@@ -66,4 +66,4 @@ SPECS = (
     RotateSpec(8, 8 * 6553, 128, back=True, uses=("bench",)),
 )
 
-OP = Op(rotate_rows, SPECS, swaps=(), platforms=("gpu",))
+OP = Op(rotate_rows, SPECS, platforms=("gpu",))

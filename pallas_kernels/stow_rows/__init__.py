@@ -42,6 +42,7 @@ def stow_rows(
     Raises:
         ValueError: for shapes or types that disagree, or anything but `far` in host memory; in debug mode
             for more rows than are staged.
+        NotImplementedError: for pages, and 2 to 4 GiB of bytes, where impl names a kernel.
 
     Source: the host tier of A²ATS (arXiv 2502.12665) and LeoAM (arXiv 2506.20187).
 

@@ -31,6 +31,10 @@ def test_what_is_normed_is_the_sum_as_it_is_rounded():
             total, norm = add_norm(x, y, jnp.ones(64), eps=0.0, impl=impl)
         assert (total == 256).all()
         assert (norm == 1).all()
+        with aim(GPU):  # half of the sums are rounded to what the other half are
+            total, norm = add_norm(x, y.at[:, ::2].set(0), jnp.full(64, 1001.0), eps=0.0, impl=impl)
+        assert (total == 256).all()
+        assert len(np.unique(np.asarray(norm, np.float32))) == 1
 
 
 def test_it_says_what_is_wrong():

@@ -95,6 +95,14 @@ def test_keys_of_zeros_have_a_cosine_of_0(at):
     np.testing.assert_array_equal(value[0, ::2], 0)
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_slots_that_are_fewer_than_a_stride_match_nothing(name):
+    k = jax.random.normal(jax.random.key(3), (1, 16, 16))
+    with aim(TARGETS[name]):
+        best, _ = chunked_similarity(k, jnp.ones((1, 16)), slots=(16,), chunk=32, stride=32)
+    assert (best == -1).all()
+
+
 def test_small_heads_at_the_end_share_one_read_on_tpu():
     """Chunks of 32 that begin fewer than 32 rows before the end of the array."""
     k = jax.random.normal(jax.random.key(3), (1, 96, 16))

@@ -1,5 +1,7 @@
 """Ops on the rows of a cache against NumPy in float64: appended, marked, merged, rotated."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import MergeForm, Turn, append_rows, mark_topk, merge_rows, rotate_rows
-from pallas_kernels.backend import Target, aim
+from pallas_kernels.backend import Target, aim, checked
 
 seeds = st.integers(0, 10**6)
 SLOTS, ROWS, D = (7, 12), 19, 8
@@ -169,8 +171,17 @@ def places(at):
         ),
         (lambda x, n, at: merge_rows((x,), n, at, at, form=MergeForm((5,), 1)), "goes into one or stays"),
         (lambda x, n, at: merge_rows((x,), n, at, at, None, n[0], form=MergeForm((4,), 1)), "positions"),
+        (lambda x, n, at: inspect.unwrap(rotate_rows)(x[..., :3], at, n[0, :1]), "two channels a freq"),
     ],
 )  # fmt: skip
 def test_inputs_that_do_not_fit_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(jnp.ones((1, 4, D)), jnp.ones((1, 4)), jnp.zeros((1, 4), jnp.int32))
+
+
+def test_more_rows_than_were_to_merge_are_told():
+    x, n, old = jnp.ones((1, 4, 2)), jnp.ones((1, 4)), jnp.asarray([[0, 2, -1]])
+    merged = checked(lambda into: merge_rows((x,), n, old, into, form=MergeForm((4,), 1)))
+    merged(jnp.asarray([[4, 0, 4, 4]]))
+    with pytest.raises(ValueError, match="more rows merge than"):
+        merged(jnp.asarray([[4, 0, 4, 2]]))
