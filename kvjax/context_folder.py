@@ -9,6 +9,7 @@ FOLDER/lock                 held by the process that writes
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ __all__ = [
 ]  # fmt: skip
 
 _FORMAT = 2
+_OWN = re.compile(r"\d+\.(blocks|chunks|chunks4)|manifest\.(json|new)")  # what a generation is made of
 
 
 def lock(folder: Path) -> TextIO:
@@ -34,7 +36,7 @@ def lock(folder: Path) -> TextIO:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = open(folder / "lock", "w")  # noqa: SIM115  closed by whoever asked for it
+        held = open(folder / "lock", "a")  # noqa: SIM115  closed by whoever asked for it
     except OSError as error:
         raise type(error)(
             f"a context lies in a folder that can be written to, got {str(folder)!r} ({error.strerror}): "
@@ -49,13 +51,17 @@ def lock(folder: Path) -> TextIO:
 
 
 def generations(folder: Path) -> list[Path]:
-    """Returns the generations of a folder, the oldest first."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and path.name.isdecimal())
+    """Returns the generations of a folder, the oldest first: what holds nothing else, as a user's may."""
+    return sorted(path for path in _numbered(folder) if all(_OWN.fullmatch(x.name) for x in path.iterdir()))
+
+
+def _numbered(folder: Path) -> list[Path]:
+    return [x for x in folder.iterdir() if x.is_dir() and re.fullmatch(r"\d{8,}", x.name)]
 
 
 def new_generation(folder: Path) -> Path:
     """Makes a generation after the others."""
-    path = folder / f"{1 + max((int(old.name) for old in generations(folder)), default=0):08}"
+    path = folder / f"{1 + max((int(old.name) for old in _numbered(folder)), default=0):08}"
     path.mkdir()
     return path
 

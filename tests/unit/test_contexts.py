@@ -203,3 +203,16 @@ def test_a_writer_that_is_killed_leaves_the_old_context_or_the_new(tmp_path):
     assert found["killed"] == 50
     assert found["old"] + found["new"] == 50
     assert min(found["old"], found["new"]) > 0
+
+
+def test_what_else_is_in_a_folder_stays(tmp_path):
+    kept = [tmp_path / "2024" / "a.txt", tmp_path / "20240131" / "b.txt", tmp_path / "lock"]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    state = read(FULL)[1]
+    for _ in range(2):
+        save_context(tmp_path, MODEL, FULL, state, IDS)
+    assert [path.read_text() for path in kept] == ["mine"] * 3
+    assert same(load_context(tmp_path, MODEL, FULL).state, state)
+    assert [path.name for path in context_folder.generations(tmp_path)] == ["20240133"]
