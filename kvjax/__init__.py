@@ -1,6 +1,6 @@
 """kvjax: long-context LLM inference in JAX when memory is the wall."""
 
-from kvjax.contexts import load_context, recover_context, save_context
+from kvjax.contexts import close_context, load_context, recover_context, save_context
 from kvjax.debug import debug
 from kvjax.decoding import decode, decode_step
 from kvjax.generate import Completion, generate, stream
@@ -19,6 +19,7 @@ __all__ = [
     "Model",
     "Sampling",
     "chain",
+    "close_context",
     "debug",
     "decode",
     "decode_step",

@@ -27,7 +27,7 @@ from kvjax.model import Model, fingerprint
 from kvjax.reading import prefill
 from kvjax.states import State
 
-__all__ = ["Context", "load_context", "recover_context", "save_context"]
+__all__ = ["Context", "close_context", "load_context", "recover_context", "save_context"]
 
 _BLOCK_BYTES = 2**20 - 2**10  # of a payload, so that a block with its seal takes 1 MiB
 
@@ -151,6 +151,18 @@ def load_context(folder: Path | str, model: Model, method: CacheMethod, *, repai
         _, state = prefill(model, tokens, method, room=max(room, 0))
         save_context(folder, model, method, state, tokens)
         return Context(state, tokens, str(error))
+
+
+def close_context(state: State) -> None:
+    """Lets the folder go that a state's rows lie in; the state cannot be used any more.
+
+    `generate` and `stream` do so at their end. Nothing for a state that is not on a disk.
+
+    Raises:
+        ValueError: for a state that was closed.
+    """
+    if (own := disk.Disk.of(state)) is not None:
+        own.close()
 
 
 def recover_context(folder: Path | str, model: Model, method: CacheMethod) -> Context:
@@ -335,4 +347,7 @@ def _shapes(method: CacheMethod, layer: Layer, saved: Mapping[str, Any], dtype: 
     for tree in found:
         if [(x.shape, x.dtype) for x in jax.tree.leaves(tree)] == sizes:
             return tree
-    raise ValueError(f"a context has the arrays that its method makes, got others than those of {method}")
+    raise ValueError(
+        f"a context has the arrays that its method makes, got others than those of {method} in "
+        f"{jnp.dtype(dtype)}"
+    )

@@ -31,6 +31,9 @@ def decode_step(
 
     A row with id -1 is left as it is.
 
+    Raises:
+        ValueError: for ids outside the vocabulary, where they lie on the host.
+
     Example:
         >>> import kvjax
         >>> model = kvjax.load("smollm2-135m")
@@ -41,11 +44,18 @@ def decode_step(
         '.'
     """
     disk.check(state)
+    if not isinstance(ids, jax.Array):
+        _check_ids(model, np.asarray(ids))
     ids = jnp.asarray(ids)[:, None]
     pos = jnp.where(ids >= 0, state[0].seen[:, None], -1)
     program = Program.of(model, method)
     logits, state = _step(model.variables, ids, pos, state, program=program)
     return logits, settle(state, program.methods)
+
+
+def _check_ids(model: Model, ids: np.ndarray) -> None:
+    if (ids >= model.config.vocab_size).any():
+        raise ValueError(f"token ids are below {model.config.vocab_size}, got {int(ids.max())}")
 
 
 @functools.partial(jax.jit, static_argnames="program", donate_argnames="state")
@@ -98,6 +108,9 @@ def decode(
 
     Returns: tokens, the next logits, the state, and the logits if kept.
 
+    Raises:
+        ValueError: for forced ids outside the vocabulary.
+
     Example:
         >>> import kvjax
         >>> model, method = kvjax.load("smollm2-135m"), kvjax.METHODS["full"]()
@@ -107,11 +120,12 @@ def decode(
         >>> model.tokenizer.decode(tokens[0].tolist())
         ' Paris.'
     """
-    steps = forced.shape[1] if steps is None else steps
+    forced = np.asarray(forced, np.int32)
+    _check_ids(model, forced)
+    steps = forced.shape[1] if steps is None else min(steps, forced.shape[1])
     program = Program.of(model, method)
     options = {"program": program, "keep_logits": keep_logits}
     run = functools.partial(_decode, model.variables, limits=sampling.limits(), **options)
-    forced = np.asarray(forced, np.int32)
     if all(kv.tier is None for kv in state):
         return run(logits, state, forced, np.int32(steps))
     return _decode_parts(run, program.methods, logits, state, forced, steps, sampling.stop or ())
@@ -154,7 +168,7 @@ def _decode(variables, logits, state, forced, steps, limits: Limits, *, program:
     def step(carry):
         i, logits, state, out, kept, ended = carry
         want = jax.lax.dynamic_index_in_dim(forced, i, axis=1, keepdims=False)
-        token = jnp.where(want >= 0, want, sample(logits, limits, jnp.max(state[0].seen)))
+        token = jnp.where(want >= 0, want, sample(logits, limits, jnp.sum(state[0].seen)))
         ended = ended | (want == -2)
         token = jnp.where(ended, -1, token)
         if keep_logits:

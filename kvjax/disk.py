@@ -8,6 +8,7 @@ is known of the disk's pace.
 Source: LeoAM (arXiv 2506.20187), its three tiers.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,8 +84,10 @@ class Disk:
         raise ValueError("a folder serves one state, got one that is closed: load its context again")
 
     def close(self) -> None:
-        """Waits for what is under way, and lets the folder go."""
-        self.by_folder.pop(self.folder, None)
+        """Waits for what is under way, and lets the folder go. Nothing where that was done before."""
+        if self.by_folder.get(self.folder) is not self:
+            return
+        del self.by_folder[self.folder]
         for store in self.stores.values():
             store.close()
         self.threads.shutdown()
@@ -204,17 +207,20 @@ def reopened(disk: Disk, index: int, kv: Any) -> Any:
     """
     parts = disk.folder / f"{disk.generation:08}"
     names = [f"{index:03}.chunks", f"{index:03}.chunks4"][: 1 + kv.tier.far.int4]
-    files = []
-    for path in (parts / name for name in names):
-        try:
-            files.append(blocks.open_blocks(path, writable=True))
-        except FileNotFoundError as error:
-            raise DamagedBlock(f"a layer's rows lie in a file, got none at {str(path)!r}") from error
-        if files[-1].generation != disk.generation:
-            raise DamagedBlock(
-                f"a file is of its folder's generation, got {files[-1].generation} in {str(path)!r}"
-            )
-    return connected(disk, index, kv, (*files, None)[:2])
+    with contextlib.ExitStack() as stack:  # closes them where one of them cannot be taken
+        files = []
+        for path in (parts / name for name in names):
+            try:
+                files.append(stack.enter_context(blocks.open_blocks(path, writable=True)))
+            except FileNotFoundError as error:
+                raise DamagedBlock(f"a layer's rows lie in a file, got none at {str(path)!r}") from error
+            if files[-1].generation != disk.generation:
+                raise DamagedBlock(
+                    f"a file is of its folder's generation, got {files[-1].generation} in {str(path)!r}"
+                )
+        made = connected(disk, index, kv, (*files, None)[:2])
+        stack.pop_all()
+    return made
 
 
 def _create(parts: Path, index: int, layout: Layout, far: Remote, generation: int) -> tuple:

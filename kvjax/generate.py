@@ -1,6 +1,7 @@
 """Continues prompts: text or token ids in, text out."""
 
 import dataclasses
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 
 from kvjax.decoding import decode
+from kvjax.disk import Disk
 from kvjax.method import CacheMethod
 from kvjax.methods.full import Full
 from kvjax.model import Model
@@ -126,20 +128,24 @@ def stream(
 def _blocks(
     model: Model, logits: jax.Array, state: State, method: CacheMethod, left: int, sampling: Sampling
 ) -> Iterator[list[int | None]]:
-    """Decodes block by block until all rows have ended."""
-    forced, block = np.full((logits.shape[0], _BLOCK), -1, np.int32), _FIRST
-    while left and not (forced == -2).all():
-        steps, block = min(block, left), min(2 * block, _BLOCK)
-        tokens, logits, state, _ = decode(
-            model, logits, state, method, forced, steps=steps, sampling=sampling
-        )
-        tokens = np.asarray(tokens)[:, :steps]
-        for column in tokens.T:
-            if (column >= 0).any():
-                yield [int(t) if t >= 0 else None for t in column]
-        left -= steps
-        ended = (tokens[:, -1:] < 0) | np.isin(tokens[:, -1:], sampling.stop)
-        forced = np.where(ended, -2, forced)
+    """Decodes block by block until all rows have ended, and then lets the folder of a state on disk go."""
+    folder, forced, block = Disk.of(state), np.full((logits.shape[0], _BLOCK), -1, np.int32), _FIRST
+    try:
+        while left and not (forced == -2).all():
+            steps, block = min(block, left), min(2 * block, _BLOCK)
+            tokens, logits, state, _ = decode(
+                model, logits, state, method, forced, steps=steps, sampling=sampling
+            )
+            tokens = np.asarray(tokens)[:, :steps]
+            for column in tokens.T:
+                if (column >= 0).any():
+                    yield [int(t) if t >= 0 else None for t in column]
+            left -= steps
+            ended = (tokens[:, -1:] < 0) | np.isin(tokens[:, -1:], sampling.stop)
+            forced = np.where(ended, -2, forced)
+    finally:
+        if folder is not None:
+            folder.close()
 
 
 def _stops(model: Model, sampling: Sampling) -> Sampling:
@@ -155,7 +161,16 @@ def _encode(model: Model, prompts: Sequence, *, begins: bool) -> list[list[int]]
     begins: nothing comes before; else a text has no first token, which a chat template may have written.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    rows = [_ids(model, p, begins) if isinstance(p, str) else [int(t) for t in p] for p in prompts]
+    if any(isinstance(p, str) for p in prompts) and model.tokenizer is None:
+        raise ValueError("text needs a tokenizer, got a model without one: give token ids")
+    try:
+        rows = [
+            _ids(model, p, begins) if isinstance(p, str) else list(map(operator.index, p)) for p in prompts
+        ]
+    except TypeError as error:
+        raise ValueError(f"prompts are texts, or rows of token ids, got others: {error}") from error
+    if any(t < 0 for row in rows for t in row):
+        raise ValueError(f"token ids are at least 0, got {min(t for row in rows for t in row)}")
     empty = [i for i, row in enumerate(rows) if not row]
     if empty or not rows:
         raise ValueError(f"a prompt has at least one token, got none in prompts {empty}")

@@ -51,7 +51,7 @@ def prefill(
     Args:
         ids: prompts padded with -1 on the left, see `pad`.
         room: tokens that will follow the prompt.
-        chunk: tokens read at once.
+        chunk: tokens read at once, 2 or more: with one, some methods choose what they read, as in a step.
         compress: "end" compresses when the prompt has been read (the paper of every method here),
             "chunk" after each chunk, so that memory follows the budget and not the prompt.
         state: a state to go on from, made by an earlier call with the same method.
@@ -60,7 +60,7 @@ def prefill(
 
     Raises:
         ValueError: for ids outside the vocabulary, an empty batch, prompts that leave no `room` in
-            the context or in the given state, or another value of `compress`.
+            the context or in the given state, a chunk below 2, or another value of `compress`.
 
     Example:
         >>> import kvjax
@@ -75,6 +75,8 @@ def prefill(
     ids = _check(model, ids)
     if compress not in ("end", "chunk"):
         raise ValueError(f'compress is "end" or "chunk", got {compress=}')
+    if chunk < 2:
+        raise ValueError(f"a prompt is read 2 or more tokens at once, got {chunk=}")
     program = Program.of(model, method)
     methods = program.methods
     n_queries = max(m.n_queries for m in methods)
@@ -131,6 +133,7 @@ def read(
         raise ValueError("logits take rows of one length, got padding: call once per length")
     pos = np.asarray(state[0].seen)[:, None] + np.arange(ids.shape[1], dtype=np.int32)
     program = Program.of(model, method)
+    check_room(state, program.methods, ids.shape[1])
     state = settle(state, program.methods, ids.shape[1])
     logits, state, _ = _read(model.variables, ids, pos, state, program=program, last_only=False)
     return logits, settle(state, program.methods)
@@ -145,7 +148,7 @@ def _chunk_size(length: int, chunk: int) -> int:
 def _read(variables, ids, pos, state, *, program: Program, n_queries: int = 0, last_only: bool = True):
     """Runs one chunk of a prompt; also returns each layer's newest n_queries queries."""
     logits, state, records = program.run(variables, ids, pos, state, last_only=last_only)
-    return logits, state, tuple(r.q[:, r.q.shape[1] - n_queries :] for r in records)
+    return logits, state, tuple(r.q[:, max(r.q.shape[1] - n_queries, 0) :] for r in records)
 
 
 def _compress_all(state: State, queries: Sequence, pos: Array, program: Program) -> State:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache
+from kvjax import cache, text
 from kvjax.cache import KV, Layer
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
@@ -34,7 +34,11 @@ def record(
 
     Returns: logits after the last token, positions (-1 = padding), and per layer the un-rotated
     queries, keys and values of all tokens.
+
+    Raises:
+        ValueError: for prompts that the model cannot read.
     """
+    text.check(prompts, model.config)
     ids = pad(prompts, chunk)
     program = Program.of(model, Full())
     state = init_state(

@@ -44,7 +44,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings outside their range."""
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature is at least 0 (0 = greedy), got {self.temperature=}")
         if self.top_k < 0:
             raise ValueError(f"top_k is at least 0 (0 = all tokens), got {self.top_k=}")

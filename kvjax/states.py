@@ -104,10 +104,11 @@ def each_layer(state: State, change: Callable[[int, KV], KV]) -> State:
 
 
 def check_room(state: State, methods: Sequence[CacheMethod], extra: int) -> None:
-    """Raises where a state that does not evict cannot take `extra` more tokens."""
+    """Raises where a state cannot take `extra` more tokens, or has fewer slots than its budget wants then."""
     for kv, m in zip(state, methods, strict=True):
         used = int(np.max(np.asarray(kv.fill)))
-        if not m.evicts and used + extra > min(kv.slots):
+        if any(n > s for n, s in zip(m.slots(kv.layer, used + extra), kv.slots, strict=True)):
             raise ValueError(
-                f"the state has room for the prompt, got {used} + {extra} tokens in {min(kv.slots)} slots"
+                f"the state has room for the prompt, got {used} + {extra} tokens in {min(kv.slots)} slots: "
+                "make it with more room"
             )

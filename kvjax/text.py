@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
+from kvjax.models.config import ModelConfig
 from kvjax.models.tokenizer import Tokenizer
 
-__all__ = ["PROSE", "documents", "excerpts", "read_text", "uuids"]
+__all__ = ["PROSE", "check", "documents", "excerpts", "read_text", "uuids"]
 
 PROSE = "pydoc_data.topics"  # 500 KB of reference prose in every Python, though not the same in each
 
@@ -77,3 +78,14 @@ def uuids(tokenizer: Tokenizer, n: int, length: int, seed: int) -> Int[np.ndarra
         lines = (f"{uuid.UUID(bytes=rng.bytes(16), version=4)}\n" for _ in range(64))
         ids += tokenizer.encode("".join(lines))
     return np.asarray(ids[: n * length], np.int32).reshape(n, length)
+
+
+def check(documents: Sequence[Sequence[int]] | Int[np.ndarray, "N T"], config: ModelConfig) -> None:
+    """Raises ValueError for documents that a model cannot read."""
+    ids, longest = np.concatenate([np.asarray(row) for row in documents]), max(map(len, documents))
+    context, vocab = config.context_length, config.vocab_size
+    if longest > context or ids.min() < 0 or ids.max() >= vocab:
+        raise ValueError(
+            f"documents fit the context of {context} and the vocabulary of {vocab}, got {longest} tokens in "
+            f"{ids.min()}..{ids.max()}: cut them, or encode anew"
+        )

@@ -28,6 +28,7 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.progress import Progress
 
+from kvjax import text
 from kvjax.calibrate import checkpoint, codebooks, kmeans, refine, statistics
 from kvjax.calibrate.codebooks import Codebooks
 from kvjax.calibrate.statistics import Statistics
@@ -124,11 +125,7 @@ def _check(model: Model, documents: np.ndarray, settings: Settings) -> None:
             f"each centroid needs {_LEAST} keys, got {n_keys} of {documents.size} tokens for "
             f"n_centroids={n}: take more text, or fewer centroids"
         )
-    if documents.shape[1] > c.context_length or documents.min() < 0 or documents.max() >= c.vocab_size:
-        raise ValueError(
-            f"documents fit the context of {c.context_length} and the vocabulary of {c.vocab_size}, got "
-            f"{documents.shape[1]} tokens in {documents.min()}..{documents.max()}: cut them, or encode anew"
-        )
+    text.check(documents, model.config)
 
 
 def _statistics(

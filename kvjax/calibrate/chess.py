@@ -27,6 +27,7 @@ from jaxtyping import Int
 from rich.console import Console
 from rich.progress import Progress
 
+from kvjax import text
 from kvjax.calibrate import activations, checkpoint, quantiles, refine_thresholds
 from kvjax.model import Model, fingerprint
 from kvjax.thresholds import ActivationSparsity, Site, Threshold, Thresholds
@@ -58,13 +59,15 @@ def calibrate(
         seed: of the steps' order of documents.
 
     Raises:
-        ValueError: for fewer than 4,096 tokens, documents that the model cannot read, a folder with another
-            calibration or a damaged one.
+        ValueError: for fewer than 4,096 tokens, documents that the model cannot read, steps below 0, a
+            folder where another calibration is under way, or a damaged one.
 
     Cost: three passes of the model over the text; holds 2¹⁵ + 2¹⁶ counts of every layer and site. A step of
     refinement costs about six passes over 1,024 tokens.
     """
     _check(model, documents)
+    if refine < 0:
+        raise ValueError(f"refinement takes 0 steps or more, got {refine=}")
     folder = Path(folder)
     stamp = {
         "model": fingerprint(model),
@@ -91,14 +94,9 @@ def calibrate(
 
 
 def _check(model: Model, documents: np.ndarray) -> None:
-    c = model.config
     if documents.size < _LEAST:
         raise ValueError(f"thresholds need {_LEAST:,} tokens, got {documents.size:,}: take more text")
-    if documents.shape[1] > c.context_length or documents.min() < 0 or documents.max() >= c.vocab_size:
-        raise ValueError(
-            f"documents fit the context of {c.context_length} and the vocabulary of {c.vocab_size}, got "
-            f"{documents.shape[1]} tokens in {documents.min()}..{documents.max()}: cut them, or encode anew"
-        )
+    text.check(documents, model.config)
     if model.thresholds is not None:
         raise ValueError(f"thresholds are found with a dense model, got {model.name!r} with some")
 

@@ -339,3 +339,17 @@ def test_tokens_that_others_have_followed_are_not_found(tmp_path):
     state = load_context(tmp_path, MODEL, method).state
     kvjax.decode(MODEL, logits, state, method, np.full((2, 10), 6))  # up to 115 and 124
     assert recover_context(tmp_path, MODEL, method).state[0].seen.tolist() == [112, 120]
+
+
+def test_generation_lets_its_folder_go_and_so_does_the_user(tmp_path):
+    method, before = on_disk(tmp_path), set(disk.Disk.by_folder)
+    kvjax.generate(MODEL, [[3, 5, 7]], method, max_new_tokens=4)
+    next(steps := kvjax.stream(MODEL, [[3, 5, 7]], method, max_new_tokens=40))
+    steps.close()
+    assert set(disk.Disk.by_folder) == before
+    _, state = kvjax.prefill(MODEL, IDS, method, room=8)
+    kvjax.close_context(state)
+    assert set(disk.Disk.by_folder) == before
+    with pytest.raises(ValueError, match="got one that is closed"):
+        kvjax.close_context(state)
+    kvjax.close_context(kvjax.prefill(MODEL, IDS, room=8)[1])  # nothing to close
