@@ -142,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=arguments, prog="kvjax", description=__doc__, config=names)
     try:
         command.run()
-    except (ValueError, NotImplementedError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError, MemoryError) as error:
         if isinstance(error, BrokenPipeError):  # the reader has seen enough, as in `| head`
             sys.stderr.close()
             return 0

@@ -87,7 +87,7 @@ class A2ats:
 
     def run(self) -> None:
         """Writes the folder, and which layers are attended densely."""
-        if self.tokens % self.context or self.uuid_tokens % self.context:
+        if self.context < 1 or self.tokens % self.context or self.uuid_tokens % self.context:
             raise ValueError(
                 f"texts are whole documents, got {self.tokens=} and {self.uuid_tokens=} of {self.context=}: "
                 "take multiples of it"
@@ -137,7 +137,7 @@ class Chess:
 
     def run(self) -> None:
         """Writes the folder."""
-        if self.tokens % self.context:
+        if self.context < 1 or self.tokens % self.context:
             raise ValueError(
                 f"texts are whole documents, got {self.tokens=} of {self.context=}: take a multiple of it"
             )

@@ -46,32 +46,34 @@ class Served:
         Raises:
             ValueError: for what does not go together.
         """
-        method = self._method()
+        self._check()
         model = kvjax.load(self.model, self.dtype)
         check_tokenizer(model)
-        if self.shares is not None:
-            table = budgets.load(self.shares, model).table(self.budget, least=getattr(method, "least", 1))
-            method = spec.parse(self.method, budget=table)
+        given = {} if self.budget is None else {"budget": self.budget}
         if self.calibration is not None:
-            method = spec.parse(self.method, calibration=codebooks.load(self.calibration, model))
+            given["calibration"] = codebooks.load(self.calibration, model)
+        method = spec.parse(self.method, **given)
+        if self.shares is not None:
+            given["budget"] = budgets.load(self.shares, model).table(self.budget, least=method.least)
+            method = spec.parse(self.method, **given)
         model = quantize(model) if self.int8 else model
         if self.thresholds is not None:
             model = thresholds.load(self.thresholds, model).apply(model)
         return model, method
 
-    def _method(self) -> CacheMethod | None:
-        """Returns the method, with the budget where it has one; None for one that takes a calibration."""
-        if self.calibration is not None:
-            if "calibration" in spec.settings_of(self.method):
-                return None
+    def _check(self) -> None:
+        """Raises where settings do not go together, as far as that is known without a model."""
+        free = spec.settings_of(self.method)
+        if self.calibration is None and "calibration" in free:
+            raise ValueError(f"{self.method} needs a calibration, got none: give --calibration FOLDER")
+        if self.budget is None and self.shares is not None:
+            raise ValueError(f"shares are of a budget, got {str(self.shares)!r} alone: give --budget too")
+        given = {} if self.budget is None else {"budget": self.budget}
+        if self.calibration is None:
+            spec.parse(self.method, **given)
+        elif "calibration" not in free:
             raise ValueError(
                 f"{self.method} takes no calibration, got {str(self.calibration)!r}: leave --calibration out"
             )
-        if self.budget is None:
-            if self.shares is not None:
-                raise ValueError(f"shares are of a budget, got {str(self.shares)!r} alone: give --budget too")
-            return spec.parse(self.method)
-        method = spec.parse(self.method, budget=self.budget)
-        if "budget" not in spec.settings_of(self.method):
+        if given and "budget" not in free:
             raise ValueError(f"{self.method} takes no further budget, got {self.budget=}: leave --budget out")
-        return method

@@ -54,6 +54,7 @@ class CacheMethod(abc.ABC):
     rotated: ClassVar[bool] = True  # keys are stored rotated
     evicts: ClassVar[bool] = False  # compress removes or moves slots
     n_free: ClassVar[int] = 1  # slots of a budget that compress leaves free, at most
+    stays: ClassVar[str] = "a token and a free slot"  # what a budget holds at least, see `least`
     couples_heads: ClassVar[bool] = False  # a verb looks at several KV heads of a layer together
     tier: ClassVar[str] = "device"  # where K and V lie; others than this are for slots of one token each
     folder: ClassVar[str | None] = None  # of the tier "disk"
@@ -63,6 +64,11 @@ class CacheMethod(abc.ABC):
     def n_queries(self) -> int:
         """How many of the newest queries `compress` looks at after a prompt, W."""
         return 1
+
+    @property
+    def least(self) -> int:
+        """Slots that a head's budget has at least."""
+        return self.n_free + 1
 
     @property
     def learnt(self) -> Any:
@@ -117,13 +123,17 @@ class CacheMethod(abc.ABC):
         """Returns the budget of each KV head of a layer.
 
         Raises:
-            ValueError: for a row of another length than the layer's KV heads.
+            ValueError: for a row of another length than the layer's KV heads, or with too few slots.
         """
         budget = self.budget
         row = (budget,) * layer.n_kv_heads if isinstance(budget, int) else budget
         if len(row) != layer.n_kv_heads or not isinstance(row[0], int):
             n_heads = layer.n_kv_heads
             raise ValueError(f"a layer's budget has one entry per KV head, got {budget=} for {n_heads=}")
+        if self.evicts and min(row) < self.least:
+            raise ValueError(
+                f"a budget holds {self.stays}, {self.least} slots, got {min(row)}: raise the budget"
+            )
         return row
 
     def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
@@ -215,6 +225,11 @@ class Chain(CacheMethod):
         return self.methods[0].n_free
 
     @property
+    def least(self) -> int:
+        """What the first method needs."""
+        return self.methods[0].least
+
+    @property
     def couples_heads(self) -> bool:  # type: ignore[override]
         """Whether one of the methods does."""
         return any(m.couples_heads for m in self.methods)
@@ -287,7 +302,7 @@ def chain(*methods: CacheMethod) -> CacheMethod:
     """Composes methods on one state.
 
     Raises:
-        ValueError: where a method after the first evicts, or keys are stored differently.
+        ValueError: for no method; where one after the first evicts, or keys are stored differently.
 
     Example:
         >>> from kvjax import METHODS
@@ -295,4 +310,6 @@ def chain(*methods: CacheMethod) -> CacheMethod:
         (TOVA(budget=512), KIVI(bits=4, block=32, window=32))
     """
     flat = tuple(inner for m in methods for inner in (m.methods if isinstance(m, Chain) else (m,)))
+    if not flat:
+        raise ValueError("a chain has at least one method, got none")
     return flat[0] if len(flat) == 1 else Chain(flat)

@@ -13,7 +13,8 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from kvjax.cache import Layer
 from kvjax.method import CacheMethod
@@ -21,6 +22,8 @@ from kvjax.methods.sliding_window import SlidingWindow
 from kvjax.models.config import ModelConfig
 
 __all__ = ["METHODS", "build", "layers", "make", "per_layer"]
+
+_WORDS = {int: "a whole number", float: "a number", bool: "True or False", NoneType: "None"}
 
 
 def _find() -> dict[str, type[CacheMethod]]:
@@ -58,8 +61,12 @@ def build(methods: Mapping[str, type], name: str, settings: Mapping[str, Any]) -
             raise ValueError(
                 f"{name} takes {', '.join(known) or 'no settings'}, got {key!r}{_nearest(key, known)}"
             )
-        if known[key].type in (int, "int") and type(value) is not int:
-            raise ValueError(f"{name} takes a whole number as {key}, got {value!r}")
+        kinds = get_args(known[key].type) or (known[key].type,)
+        if _WORDS.keys() >= set(kinds) and not (
+            type(value) in kinds or (float in kinds and type(value) is int)
+        ):
+            words = " or ".join(_WORDS[kind] for kind in kinds)
+            raise ValueError(f"{name} takes {words} as {key}, got {value!r}")
     missing = [f.name for f in known.values() if f.default is MISSING and f.name not in settings]
     if missing:
         raise ValueError(f"{name} needs {', '.join(missing)}, got {dict(settings)}: give {missing[0]}=...")

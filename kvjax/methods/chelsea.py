@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from kvjax import cache, clustering
-from kvjax.cache import KV, Layer
+from kvjax.cache import KV
 from kvjax.clustering import Matching
 from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Positions, Queries, Slots, Tokens
@@ -60,6 +60,7 @@ class Chelsea(CacheMethod):
     slack: int | None = None
     rounds: int | None = None
     evicts: ClassVar[bool] = True
+    stays: ClassVar[str] = "sinks, recent tokens, and a short chunk or slack"
 
     def __post_init__(self) -> None:
         """Raises ValueError for settings that leave nothing to merge."""
@@ -100,20 +101,6 @@ class Chelsea(CacheMethod):
             self.chunk, self.stride, self.similarity, self.before_rope, self.n_sinks, self.n_recent,
             self.recent,
         )  # fmt: skip
-
-    def budgets(self, layer: Layer) -> tuple[int, ...]:
-        """Returns the budget of each head.
-
-        Raises:
-            ValueError: where a head has no room for what stays, a chunk to merge in, and the slack.
-        """
-        row = super().budgets(layer)
-        if min(row) < self.least:
-            raise ValueError(
-                f"a budget holds sinks, recent tokens, and a short chunk or slack, {self.least} slots, got "
-                f"{min(row)}: raise the budget, or lower n_recent, chunk or slack"
-            )
-        return row
 
     def moved(self, kv: KV, idx) -> KV:
         """Without log_n, counts one token a slot, then carries the counts along."""

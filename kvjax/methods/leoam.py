@@ -109,8 +109,15 @@ class LeoAM(CacheMethod):
             if isinstance(value := getattr(self, name), list | tuple | np.ndarray):
                 row = tuple(None if x is None else kind(x) for x in value)
                 object.__setattr__(self, name, row)
+            elif type(value) is not kind and not (name == "root" and value is None):
+                what = "a word" if kind is str else "a whole number"
+                raise ValueError(f"{name} is {what}, or one for each layer, got {value!r}")
         if self.disk is not None:
             object.__setattr__(self, "tier", "disk")
+        if self.disk == "" or self.chunk < 1:
+            raise ValueError(
+                f"a disk is a folder, in chunks of 1 token or more, got {self.disk=}, {self.chunk=}"
+            )
         share = isinstance(self.topk, float)
         if self.topk is not None and not (0 < self.topk <= 1 if share else self.topk >= 1):
             raise ValueError(f"topk is tokens, 1 or more, or a share, above 0 to 1.0, got {self.topk=}")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from kvjax import cache, eviction
 from kvjax.attend import weights
-from kvjax.cache import KV, Layer
+from kvjax.cache import KV
 from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Packed, Positions, Queries, Slots, Tokens
 
@@ -40,6 +40,7 @@ class SnapKV(CacheMethod):
     window: int = 32
     kernel: int = 5
     evicts: ClassVar[bool] = True
+    stays: ClassVar[str] = "more than its window"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a window below 2 or an even kernel."""
@@ -52,18 +53,10 @@ class SnapKV(CacheMethod):
         """The observation window."""
         return self.window
 
-    def budgets(self, layer: Layer) -> tuple[int, ...]:
-        """Returns the budget of each head.
-
-        Raises:
-            ValueError: where the window does not fit.
-        """
-        row = super().budgets(layer)
-        if min(row) <= self.window:
-            raise ValueError(
-                f"the budget is larger than the window, got {row=} and {self.window=}: lower the window"
-            )
-        return row
+    @property
+    def least(self) -> int:
+        """The window and a slot."""
+        return self.window + 1
 
     def moved(self, kv: KV, idx) -> KV:
         """Starts with no votes, then carries them along."""

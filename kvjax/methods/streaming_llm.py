@@ -18,7 +18,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from kvjax import eviction
-from kvjax.cache import KV, Layer
+from kvjax.cache import KV
 from kvjax.method import Budget, CacheMethod
 from kvjax.shapes import Positions, Queries, Slots, Tokens
 
@@ -33,6 +33,7 @@ class StreamingLLM(CacheMethod):
     n_sinks: int = 4
     rotated: ClassVar[bool] = False
     evicts: ClassVar[bool] = True
+    stays: ClassVar[str] = "the sinks and a recent token"
 
     def __post_init__(self) -> None:
         """Raises ValueError for fewer than 0 sinks."""
@@ -40,18 +41,10 @@ class StreamingLLM(CacheMethod):
         if self.n_sinks < 0:
             raise ValueError(f"n_sinks is at least 0, got {self.n_sinks=}")
 
-    def budgets(self, layer: Layer) -> tuple[int, ...]:
-        """Returns the budget of each head.
-
-        Raises:
-            ValueError: where the sinks leave no slot for the window.
-        """
-        row = super().budgets(layer)
-        if min(row) <= self.n_sinks:
-            raise ValueError(
-                f"the budget holds the sinks and at least one recent token, got {row=} and {self.n_sinks=}"
-            )
-        return row
+    @property
+    def least(self) -> int:
+        """The sinks and a recent token."""
+        return self.n_sinks + 1
 
     def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
         """Turns the ring and moves the sinks up to it."""

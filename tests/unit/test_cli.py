@@ -4,7 +4,8 @@ import io
 import pytest
 
 import kvjax
-from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, reading, spec
+from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, reading, spec, tiers
+from kvjax.model import fingerprint
 from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
 
@@ -211,3 +212,29 @@ def test_doctor_tells_which_kernels_run(at, back_end, ops):
         found, which = cli_doctor._kernels()
     assert found == back_end
     assert ops in which
+
+
+def test_shares_and_a_calibration_go_with_a_budget_and_a_chain(loaded, capsys, tmp_path):
+    shares, books, long = tmp_path / "shares.json", tmp_path / "books", "Hello, world. " * 14
+    budgets.save(budgets.Shares(((0.05, 1.0), (1.0, 1.95)), fingerprint(loaded), 0.75, 240), shares)
+    made = ["generate", long, "--max-new-tokens", "4", "--budget", "192", "--shares", str(shares)]
+    for method in ("chelsea:slack=8+kivi8", "snapkv:window=40"):
+        assert cli.main([*made, "--method", method]) == 0, capsys.readouterr().err
+    sizes = ["--tokens", "2560", "--uuid-tokens", "0", "--context", "256", "--centroids", "16"]
+    assert cli.main(["calibrate", "a2ats", "--out", str(books), *sizes]) == 0
+    found = ["generate", long, "--max-new-tokens", "4", "--calibration", str(books)]
+    assert cli.main([*found, "--method", "snapkv:window=4+a2ats:topk=0.5", "--budget", "48"]) == 0
+    capsys.readouterr()
+    for arguments, message in (
+        ([*found, "--method", "a2ats:topk=0.5", "--budget", "5"], "takes no further budget"),
+        (["generate", "Hi", "--method", "a2ats:topk=0.5"], "give --calibration FOLDER"),
+        (["calibrate", "chess", "--out", str(tmp_path / "x"), "--context", "0"], "whole documents"),
+    ):
+        assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_too_little_memory_is_told_in_a_line(loaded, capsys, monkeypatch):
+    monkeypatch.setattr(tiers, "_free", lambda here: 1000)
+    assert cli.main(["generate", "Hi", "--method", "leoam:leaf=4,tier=host"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
