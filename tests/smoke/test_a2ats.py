@@ -159,7 +159,7 @@ def test_another_calibration_is_another_row(calibrated):
         (["--methods", "kivi"], 2, "as many bytes by its budget, got 'kivi': leave it out"),
         (["--methods", "snap"], 2, "did you mean 'snapkv'?"),
         (["--methods", "quest:dense_layers=3"], 2, "a method reads more with a larger budget"),
-        (["--methods", "snapkv:window=100"], 2, "larger than the window"),
+        (["--methods", "snapkv:window=100"], 2, "holds more than its window"),
         (["--calibration", "nowhere"], 1, "codebooks are a folder of `kvjax calibrate a2ats`"),
         (["--calibration", "."], 2, "a calibration is a whole checkpoint"),
     ],
