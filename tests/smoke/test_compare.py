@@ -145,7 +145,7 @@ def test_a_full_disk_is_told_and_what_is_stored_stays(command, tmp_path, monkeyp
         (["--context", "200"], "a pass-key text has room for filler"),
         (["--continuation", "5"], "a continuation goes beyond"),
         (["--docs", "4000"], "a text holds all excerpts"),
-        (["--methods", "snapkv:window=200"], "the budget is larger than the window"),
+        (["--methods", "snapkv:window=200"], "a budget holds more than its window"),
         (["--model", "x", "--text", "no.txt"], "No such file"),
         (["--plugin", "no.py"], "a plugin is a .py file"),
     ],
