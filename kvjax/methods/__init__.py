@@ -13,7 +13,7 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Any, get_args
 
 from kvjax.cache import Layer
@@ -61,7 +61,8 @@ def build(methods: Mapping[str, type], name: str, settings: Mapping[str, Any]) -
             raise ValueError(
                 f"{name} takes {', '.join(known) or 'no settings'}, got {key!r}{_nearest(key, known)}"
             )
-        kinds = get_args(known[key].type) or (known[key].type,)
+        kind = known[key].type
+        kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
         if _WORDS.keys() >= set(kinds) and not (
             type(value) in kinds or (float in kinds and type(value) is int)
         ):
