@@ -160,6 +160,13 @@ def close_context(state: State) -> None:
 
     Raises:
         ValueError: for a state that was closed.
+
+    Example:
+        >>> import kvjax, tempfile
+        >>> model = kvjax.load("smollm2-135m")
+        >>> method = kvjax.METHODS["leoam"](disk=tempfile.mkdtemp())
+        >>> _, state = kvjax.prefill(model, kvjax.pad([[5, 6, 7]]), method)
+        >>> kvjax.close_context(state)
     """
     if (own := disk.Disk.of(state)) is not None:
         own.close()

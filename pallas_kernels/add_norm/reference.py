@@ -8,8 +8,9 @@ __all__ = ["normed", "run"]
 
 def run(x, y, scale, *, eps: float):
     """Returns x + y and rsqrt(mean((x + y)²) + eps)·(x + y)·scale, [B M] each."""
-    form = jnp.finfo(x.dtype)
-    total = jax.lax.reduce_precision(x + y, form.nexp, form.nmant)  # XLA would norm a sum before its rounding
+    total, form = x + y, jnp.finfo(x.dtype)
+    if form.bits < 32:  # XLA would norm the sum before its rounding
+        total = jax.lax.reduce_precision(total, form.nexp, form.nmant)
     return total, normed(total, scale, eps)
 
 
