@@ -94,8 +94,8 @@ CHESS: Mapping[str, Callable[[], str]] = {
     ),
     "refined, of Gemma": functools.partial(
         _chess_quality,
-        f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 16384 --methods chess cats --sparsities 0.5 "
-        "--refine 40",
+        f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 16384 --methods chess cats teal chess:plus=True "
+        "--sparsities 0.5 0.7 0.3 --refine 40",
     ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity", " --samples 5", True),
