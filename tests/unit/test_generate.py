@@ -35,9 +35,12 @@ def test_a_row_draws_anew_after_the_longest_has_ended():
     ids, forced = kvjax.pad([list(range(1, 41)), [3, 5, 7]]), np.full((2, 24), -1, np.int32)
     forced[0] = -2
     logits, state = kvjax.prefill(model, ids, room=24)
-    drawn = np.asarray(kvjax.decode(model, logits, state, FULL, forced, sampling=sampling)[0])
+    options = {"sampling": sampling, "keep_logits": True}
+    drawn, _, _, kept = kvjax.decode(model, logits, state, FULL, forced, **options)
+    drawn, kept = np.asarray(drawn), np.asarray(kept)
     assert (drawn[0] == -1).all()
-    assert len(set(drawn[1].tolist())) > 12  # of 97 that are as likely, 24 draws have 21 in the mean
+    ranks = (kept[1] > np.take_along_axis(kept[1], drawn[1][:, None], axis=1)).sum(1)
+    assert len(set(ranks.tolist())) > 12  # of 97 that are as likely, 24 draws have 21 in the mean
 
 
 @pytest.mark.parametrize("name", ["full", "snapkv:window=4", "tova", "streaming_llm", "h2o", "knorm"])
