@@ -73,10 +73,7 @@ def prefill(
         (30, (1, 54, 64))
     """
     ids = _check(model, ids)
-    if compress not in ("end", "chunk"):
-        raise ValueError(f'compress is "end" or "chunk", got {compress=}')
-    if chunk < 2:
-        raise ValueError(f"a prompt is read 2 or more tokens at once, got {chunk=}")
+    _check_parts(chunk, compress)
     program = Program.of(model, method)
     methods = program.methods
     n_queries = max(m.n_queries for m in methods)
@@ -103,6 +100,13 @@ def prefill(
         if compress == "chunk" or last:
             state = _compress_all(state, queries, jnp.asarray(pos[:, part][:, -n_queries:]), program)
     return logits[:, 0], state
+
+
+def _check_parts(chunk: int, compress: str) -> None:
+    if compress not in ("end", "chunk"):
+        raise ValueError(f'compress is "end" or "chunk", got {compress=}')
+    if chunk < 2:
+        raise ValueError(f"a prompt is read 2 or more tokens at once, got {chunk=}")
 
 
 def _check_fits(context: int, seen: int, longest: int, room: int) -> None:
