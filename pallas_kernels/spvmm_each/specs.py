@@ -40,7 +40,8 @@ class EachSpec(Spec):
         shape = (self.batch, self.rows)
         rank = jnp.argsort(jnp.argsort(jax.random.uniform(keys[0], shape), axis=1), axis=1)
         x = (0.1 + rank / self.rows) * jnp.where(jax.random.uniform(keys[1], shape) < 0.5, 1, -1)
-        x = x.astype(self.dtype)
+        form = jnp.finfo(self.dtype)
+        x = jax.lax.reduce_precision(x, form.nexp, form.nmant).astype(self.dtype)  # XLA drops casts
         size = jnp.sort(jnp.abs(x.astype(jnp.float32)).ravel())
         made = {"x": x, "ws": [], "levels": [], "scales": []}
         for i, (width, zeros) in enumerate(zip(self.widths, self.zeros, strict=True)):
