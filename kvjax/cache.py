@@ -196,7 +196,8 @@ def enter(
     if kv.tier is not None:
         kv = kv.replace(tier=tiers.stage(kv.tier, jnp.where(written, slot, -1), k, v))
     else:
-        kv = kv.replace(k=storage.write(kv.k, idx, k, kv.mass), v=storage.write(kv.v, idx, v, kv.mass))
+        stores = storage.write((kv.k, kv.v), idx, (k, v), kv.mass)
+        kv = kv.replace(k=stores[0], v=stores[1])
     return kv, idx, q
 
 

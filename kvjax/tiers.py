@@ -22,10 +22,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from kvjax import disk, disk_rows, storage
+from kvjax import disk, disk_rows
 from kvjax.shapes import Leaf
 from pallas_kernels import Codes, assign_lines, fetch_rows, stow_rows
-from pallas_kernels.attention import starts
+from pallas_kernels.attention import encode, starts
 from pallas_kernels.backend import debug_check, target
 from pallas_kernels.host import Blocks, as_rows, empty_pages, pairs, unpaired
 
@@ -242,7 +242,7 @@ def _written(tier: Tier, end: Array, slots: tuple[int, ...]) -> Any:
     new = new.reshape(*new.shape[:2], -1, new.shape[4])
     if not isinstance(far, Codes):
         return stow_rows(far, new, 2 * tier.first, 2 * end, slots=_both(slots))
-    codes = pairs(Codes(*storage.encode(new, far.bits, axis=-1), far.bits, far.block))
+    codes = pairs(Codes(*encode(new, far.bits, axis=-1), far.bits, far.block))
     return jax.tree.map(lambda x, y: stow_rows(x, y, tier.first, end, slots=slots), far, codes)
 
 

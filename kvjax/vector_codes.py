@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float
 
-from kvjax import storage
 from kvjax.shapes import Leaf
+from pallas_kernels.attention import encode
 
 __all__ = ["Coded", "absent", "coded", "products"]
 
@@ -33,7 +33,7 @@ def coded(x: Float[Array, "*B N D"]) -> Coded:
         ([0, 51, 255], [1.0], [0.0, inf])
     """
     there = x[..., :1] < jnp.inf
-    codes, scale, least = storage.encode(jnp.where(there, x, 0), 8, axis=-1)
+    codes, scale, least = encode(jnp.where(there, x, 0), 8, axis=-1)
     return Coded(codes, scale, jnp.where(there, least, jnp.inf))
 
 

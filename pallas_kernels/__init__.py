@@ -23,11 +23,13 @@ from pallas_kernels.vmmsp import vmmsp
 from pallas_kernels.vq_assign import vq_assign
 from pallas_kernels.vq_scores import vq_scores
 from pallas_kernels.vq_topk import vq_topk
+from pallas_kernels.write_codes import Ring, write_codes
 
 __all__ = [
     "AttentionForm",
     "Codes",
     "MergeForm",
+    "Ring",
     "Turn",
     "add_norm",
     "append_rows",
@@ -52,4 +54,5 @@ __all__ = [
     "vq_assign",
     "vq_scores",
     "vq_topk",
+    "write_codes",
 ]

@@ -15,9 +15,11 @@ from pallas_kernels.backend import debug_check
 __all__ = [
     "AttentionForm",
     "Codes",
+    "block_rows",
     "check_attention",
     "code_blocks",
     "decode_codes",
+    "encode",
     "extent",
     "join",
     "quantize",
@@ -115,6 +117,15 @@ def code_blocks(slots: tuple[int, ...], block: int) -> np.ndarray:
     return np.concatenate([at + np.arange(size) // block for at, size in zip(first, slots, strict=False)])
 
 
+def block_rows(slots: tuple[int, ...], block: int) -> np.ndarray:
+    """Returns the packed rows of every block of scales, [ΣN P]; R beyond the last slot of a head."""
+    rows = []
+    for first, size in zip(starts(slots), slots, strict=False):
+        at = np.arange(-(-size // block) * block)
+        rows.append(np.where(at < size, first + at, sum(slots)))
+    return np.concatenate(rows).reshape(-1, block)
+
+
 def check_attention(q: Array, k: Any, v: Any, mass: Array, form: AttentionForm) -> None:
     """Raises ValueError where shapes disagree, and in debug mode where a mass is no mass."""
     batch, n_heads, _, size = q.shape
@@ -151,23 +162,35 @@ def _check_scales(name: str, store: Codes, slots: tuple[int, ...], size: int) ->
         )
 
 
+def encode(x: Array, bits: int, axis: int, alive: Array | None = None) -> tuple[Array, Array, Array]:
+    """Returns codes, scale and zero over an axis; rows that are not alive do not stretch the range.
+
+    With 4 bits two neighbours on the last axis share a byte. Scale and zero have x's type, and keep the axis.
+    """
+    x32 = x.astype(jnp.float32)
+    seen = jnp.ones((), bool) if alive is None else alive
+    low = jnp.min(jnp.where(seen, x32, jnp.inf), axis=axis, keepdims=True)
+    high = jnp.max(jnp.where(seen, x32, -jnp.inf), axis=axis, keepdims=True)
+    low, high = (jnp.where(jnp.isfinite(edge), edge, 0.0) for edge in (low, high))
+    scale = jnp.maximum(high - low, 1e-8) / (2**bits - 1)
+    scale, low = scale.astype(x.dtype), low.astype(x.dtype)
+    codes = jnp.round((x32 - low.astype(jnp.float32)) / scale.astype(jnp.float32))
+    codes = jnp.clip(codes, 0, 2**bits - 1).astype(jnp.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes, scale, low
+
+
 def quantize(x: Array, bits: int, slots: tuple[int, ...], block: int | None) -> Codes:
     """Returns the codes of rows [B R D], with scales in their type: for specs and users of the ops."""
-    codes, scales, zeros, first = [], [], [], starts(slots)
-    for at, size in zip(first, slots, strict=False):
-        rows = x[:, at : at + size].astype(jnp.float32)
-        if block is not None:
-            rows = jnp.pad(rows, ((0, 0), (0, -size % block), (0, 0)), mode="edge")
-            rows = rows.reshape(x.shape[0], -1, block, x.shape[2])
-        low = rows.min(2, keepdims=True)
-        scale = jnp.maximum(rows.max(2, keepdims=True) - low, 1e-8) / (2**bits - 1)
-        scale, low = scale.astype(x.dtype), low.astype(x.dtype)
-        code = jnp.round((rows - low.astype(jnp.float32)) / scale.astype(jnp.float32))
-        code = jnp.clip(code, 0, 2**bits - 1).astype(jnp.uint8).reshape(x.shape[0], -1, x.shape[2])[:, :size]
-        codes.append(code)
-        scales.append(scale.squeeze(2) if block is not None else scale)
-        zeros.append(low.squeeze(2) if block is not None else low)
-    code = jnp.concatenate(codes, axis=1)
-    if bits == 4:
-        code = code[..., 0::2] | (code[..., 1::2] << 4)
-    return Codes(code, jnp.concatenate(scales, axis=1), jnp.concatenate(zeros, axis=1), bits, block)
+    parts = []
+    for at, size in zip(starts(slots), slots, strict=False):
+        rows = x[:, at : at + size]
+        if block is None:
+            parts.append(encode(rows, bits, axis=2))
+            continue
+        rows = jnp.pad(rows, ((0, 0), (0, -size % block), (0, 0)), mode="edge")
+        codes, *scales = encode(rows.reshape(x.shape[0], -1, block, x.shape[2]), bits, axis=2)
+        codes = codes.reshape(x.shape[0], -1, codes.shape[-1])[:, :size]
+        parts.append((codes, *(y.squeeze(2) for y in scales)))
+    return Codes(*(jnp.concatenate(each, axis=1) for each in zip(*parts, strict=True)), bits, block)

@@ -56,11 +56,15 @@ def part_queries(q: jax.Array, k: Any) -> jax.Array:
 def part_shapes(q: Any, v: Any, n_splits: int) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Returns the shapes of what splits give: sums of weighted values, largest logits, sums of weights.
 
+    With one split of each head there is nothing to join: then those of the output, and of the log-sum-exp.
     n_splits: of all heads together, I.
     """
-    batch, _, group, size = q.shape
+    batch, n_heads, group, size = q.shape
     shape, parts = (batch, n_splits, group), n_parts(v)
-    return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in ((*shape, size // parts, parts), shape, shape))
+    out = (*shape, size // parts, parts)
+    if n_splits == n_heads:
+        return jax.ShapeDtypeStruct(out, q.dtype), jax.ShapeDtypeStruct(shape, jnp.float32)
+    return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in (out, shape, shape))
 
 
 def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Array]:
@@ -150,15 +154,26 @@ def needed(store: Any, alive: jax.Array, mass: jax.Array) -> jax.Array:
 
 def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple) -> None:
     """Stores the state of one split in the refs of `part_shapes`."""
-    out_ref, top_ref, total_ref = refs
+    out_ref, *rest = refs
     group, width = out_ref.shape[2:4]
     top, total, out = state
+    if len(rest) == 1:
+        out = [part / jnp.where(total > 0, total, 1.0)[:, None] for part in out]
+        sums = (_log_sum(top, total),)
+    else:
+        sums = (top, total)
     g, e = jnp.arange(lanes(group)), jnp.arange(lanes(width))
-    triton.store(top_ref.at[batch, item, g], top, mask=g < group)
-    triton.store(total_ref.at[batch, item, g], total, mask=g < group)
+    for ref, x in zip(rest, sums, strict=True):
+        triton.store(ref.at[batch, item, g], x, mask=g < group)
     mask = (g < group)[:, None] & (e < width)[None, :]
     for j, part in enumerate(out):
-        triton.store(out_ref.at[batch, item, g[:, None], e[None, :], j], part, mask=mask)
+        x = part.astype(out_ref.dtype)
+        triton.store(out_ref.at[batch, item, g[:, None], e[None, :], j], x, mask=mask)
+
+
+def _log_sum(top: jax.Array, total: jax.Array) -> jax.Array:
+    """Returns the natural log-sum-exp of logits in base 2."""
+    return jnp.where(total > 0, (top + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2E, -jnp.inf)
 
 
 def join_splits(parts: tuple, counts: np.ndarray, q: Any, name: str) -> tuple[jax.Array, jax.Array]:
@@ -166,6 +181,8 @@ def join_splits(parts: tuple, counts: np.ndarray, q: Any, name: str) -> tuple[ja
 
     parts: what the splits stored. counts: [K] splits of each head, which lie one after the other.
     """
+    if len(parts) == 2:
+        return parts[0].reshape(q.shape), parts[1]
     out, top, total = parts
     n_most = int(counts.max())
     spans = np.stack([starts(tuple(counts.tolist()))[:-1], counts], axis=1).astype(np.int32)
@@ -211,8 +228,7 @@ def _join(
     out = jax.lax.fori_loop(0, (n + step_size - 1) // step_size, step, jnp.zeros((width,), jnp.float32))
     out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
     triton.store(out_ref.at[batch, head, g, d], out.astype(out_ref.dtype), mask=d < size)
-    lse = jnp.where(total > 0, (most + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2E, -jnp.inf)
-    lse_ref[batch, head, g] = lse
+    lse_ref[batch, head, g] = _log_sum(most, total)
 
 
 def _dot(a, b):

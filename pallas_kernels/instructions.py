@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.backend import target, triton
 
-__all__ = ["assemble", "exp2", "log2", "multiply_add"]
+__all__ = ["assemble", "exp2", "log2", "multiply_add", "nearest"]
 
 
 def assemble(
@@ -69,3 +69,9 @@ def multiply_add(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
         a, code = a.astype(jnp.float32), "fma.rn.f32 $0, $1, $2, $3;"
         options = {"constraints": "=f,f,f,f", "pack": 1}
     return assemble(code, a, b, c, plain=plain, dtype=jnp.float32, **options)
+
+
+def nearest(x: jax.Array) -> jax.Array:
+    """Returns the nearest whole numbers to float32, the even one of two."""
+    options = {"dtype": jnp.float32, "constraints": "=f,f", "pack": 1}
+    return assemble("cvt.rni.f32.f32 $0, $1;", x, plain=jnp.round, **options)

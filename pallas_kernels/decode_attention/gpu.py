@@ -1,7 +1,8 @@
 """Decode attention in Pallas Triton: splits of the slots, then a join of the splits.
 
 Every program reads one split of one head's slots; splits of a layer are equal whatever the heads'
-capacities, so ragged heads balance. Partial results [B I ...] are joined by a second kernel.
+capacities, so ragged heads balance. Partial results [B I ...] are joined by a second kernel,
+unless each head has one.
 """
 
 import functools
@@ -101,10 +102,7 @@ def _split(
     k_ref,  # [B R E], or codes
     v_ref,  # [B R E], or codes
     mass_ref,  # [B R]
-    out_ref,  # [B I G E parts] sum of weighted values
-    top_ref,  # [B I G] largest logit, base 2
-    total_ref,  # [B I G] sum of weights
-    *,
+    *out_refs,  # of `part_shapes`
     form: AttentionForm,
     block: int,  # P
     unit: int,
@@ -130,5 +128,5 @@ def _split(
         return keys, load_rows(v_ref, place, shared.needed(v_ref, alive, mass)), mass
 
     n_steps = (n + block - 1) // block
-    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_ref, form, factor)
-    shared.store_split(state, batch, item, (out_ref, top_ref, total_ref))
+    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_refs[0], form, factor)
+    shared.store_split(state, batch, item, out_refs)

@@ -79,10 +79,7 @@ def _split(
     k_ref,  # [B R E], or codes; in device or pinned host memory
     v_ref,  # [B R E], or codes; likewise
     mass_ref,  # [B R]
-    out_ref,  # [B I G E parts] sum of weighted values
-    top_ref,  # [B I G] largest logit, base 2
-    total_ref,  # [B I G] sum of weights
-    *,
+    *out_refs,  # of `part_shapes`
     form: AttentionForm,
     factor: float,
     block: int,  # P
@@ -122,6 +119,6 @@ def _split(
         return keys, rows(v_ref, code_blocks[1], shared.needed(v_ref, alive, mass)), mass
 
     n_steps = (n + tile - 1) // tile
-    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_ref, form, factor)
+    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_refs[0], form, factor)
     item = head * pl.num_programs(2) + item
-    shared.store_split(state, batch, item, (out_ref, top_ref, total_ref))
+    shared.store_split(state, batch, item, out_refs)

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import MergeForm, Turn, append_rows, mark_topk, merge_rows, rotate_rows
+from pallas_kernels import (
+    Codes,
+    MergeForm,
+    Ring,
+    Turn,
+    append_rows,
+    mark_topk,
+    merge_rows,
+    rotate_rows,
+    write_codes,
+)
+from pallas_kernels.attention import decode_codes, quantize
 from pallas_kernels.backend import Target, aim, checked
 
 seeds = st.integers(0, 10**6)
@@ -153,8 +164,49 @@ def test_rotations_are_the_formula_and_are_undone():
     np.testing.assert_allclose(rotate_rows(out, *given_[1:], factor=1.5, back=True), x, atol=1e-6)
 
 
+@given(seeds, st.sampled_from([4, 8]))
+def test_a_block_is_scaled_by_its_exact_rows_and_by_codes_where_there_are_none(seed, bits):
+    rng, block, window, first = np.random.default_rng(seed), 5, 4, (0, SLOTS[0])
+    x, exact, new = (
+        rng.normal(size=(1, ROWS, D)),
+        rng.normal(size=(1, 2, window, D)),
+        rng.normal(size=(1, 2, D)),
+    )
+    store = quantize(jnp.float32(x), bits, SLOTS, block)
+    old = np.float64(decode_codes(store, SLOTS))[0]
+    at = [first[h] + rng.integers(0, SLOTS[h]) for h in range(2)]
+    slot = np.stack([first[h] + rng.permutation(SLOTS[h])[:window] for h in range(2)])[None]
+    mass = (rng.random((1, ROWS)) < 0.8).astype(np.float32)
+    mass[0, at] = 1
+    ring = Ring(*map(jnp.asarray, (np.float32(exact), slot, np.full((1, 2), 1))))
+    given_ = ([store], [ring], [jnp.float32(new)], jnp.asarray([at]), jnp.asarray(mass))
+    (written,), (ring,) = write_codes(*given_, slots=SLOTS)
+    out = np.float64(decode_codes(written, SLOTS))[0]
+    for h in range(2):
+        kept = {slot[0, h, w]: exact[0, h, w] for w in range(window) if w != 1}  # 1 makes room
+        kept[at[h]] = new[0, h]
+        begin = first[h] + (at[h] - first[h]) // block * block
+        rows = range(begin, min(begin + block, first[h] + SLOTS[h]))
+        wanted = np.stack([kept.get(r, old[r]) for r in rows])
+        alive = mass[0, list(rows)] > 0
+        step = np.maximum(np.ptp(wanted[alive], axis=0), 1e-8) / (2**bits - 1)
+        assert (np.abs(out[list(rows)] - wanted)[alive] <= step / 2 + 1e-5).all()
+        others = [r for r in range(first[h], first[h] + SLOTS[h]) if r not in rows]
+        np.testing.assert_array_equal(out[others], old[others])
+        np.testing.assert_array_equal(ring.rows[0, h, 1], np.float32(new[0, h]))
+        assert ring.slot[0, h, 1] == at[h]
+        assert (np.asarray(ring.slot[0, h]) == at[h]).sum() == 1
+        assert ring.turn[0, h] == 2
+
+
 def places(at):
     return at[:, :1], SEEN, at[:, :1]
+
+
+def written(x, row, idx):
+    store = Codes(x.astype(jnp.uint8), x[..., :1], x[..., :1], 8, None)
+    ring = Ring(x[:, None, :2], idx[:, :1, None], idx[:, :1])
+    return write_codes([store], [ring], [row], idx, jnp.ones((1, 4)), slots=(4,))
 
 
 @pytest.mark.parametrize(
@@ -171,6 +223,8 @@ def places(at):
         ),
         (lambda x, n, at: merge_rows((x,), n, at, at, form=MergeForm((5,), 1)), "goes into one or stays"),
         (lambda x, n, at: merge_rows((x,), n, at, at, None, n[0], form=MergeForm((4,), 1)), "positions"),
+        (lambda x, n, at: written(x, x[:, :1], at[:, :2]), "each slot has a mass"),
+        (lambda x, n, at: written(x, x[:, :1, :3], at[:, :1]), "a ring, a new row and the codes"),
         (lambda x, n, at: inspect.unwrap(rotate_rows)(x[..., :3], at, n[0, :1]), "two channels a freq"),
     ],
 )  # fmt: skip
