@@ -77,25 +77,23 @@ CHESS: Mapping[str, Callable[[], str]] = {
     ),
     "quality of Gemma": functools.partial(
         _chess_quality,
-        f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.3 0.5 0.7",
-    ),
-    "quality of Gemma between": functools.partial(
-        _chess_quality, f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 32768 --sparsities 0.4 0.6"
+        f"{GEMMA} --dtype float32 --learned moby-dick.txt --docs 4 --tokens 32768 "
+        "--methods chess chess:plus=True cats teal --sparsities 0.5 0.7 0.3 0.4 0.6 --refine 40",
     ),
     "quality of Qwen": functools.partial(
         _chess_quality,
         f"{QWEN} --dtype float32 --learned moby-dick.txt --methods chess cats teal chess:plus=True "
         "--sparsities 0.5 0.7 0.3 --refine 40",
     ),
+    "quality of Qwen between": functools.partial(
+        _chess_quality,
+        f"{QWEN} --dtype float32 --learned moby-dick.txt --methods chess chess:plus=True cats teal "
+        "--sparsities 0.6 0.4 --refine 40",
+    ),
     "settings": functools.partial(
         _chess_quality,
         "--learned moby-dick.txt --docs 4 --tokens 16384 --methods chess chess:plus=True cats teal "
         "chess:statistic=rms chess:group=8 chess:group=128 --sparsities 0.5",
-    ),
-    "refined, of Gemma": functools.partial(
-        _chess_quality,
-        f"{GEMMA} --learned moby-dick.txt --docs 4 --tokens 16384 --methods chess cats teal chess:plus=True "
-        "--sparsities 0.5 0.7 0.3 --refine 40",
     ),
     "together": _chess_together,
     "speed": functools.partial(_chess_speed, "sparsity", " --samples 5", True),

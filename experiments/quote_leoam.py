@@ -159,6 +159,9 @@ LEOAM: Mapping[str, Callable[[], str]] = {
     "quality of Qwen beside A²ATS": functools.partial(
         _quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --shares 0.1 0.2 --methods leoam leoam"
     ),
+    "quality of Qwen beside A²ATS at 5%": functools.partial(
+        _quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --shares 0.05 --methods leoam leoam"
+    ),
     "quality of Qwen": functools.partial(_quality, f"{QWEN} --dtype float32 --docs 1 --rest 96 --keys"),
     "speed": functools.partial(
         _speed,
