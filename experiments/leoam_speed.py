@@ -55,7 +55,7 @@ class Speed:
         cases: contexts.
         names: what to time in each, the full cache first.
         topk: share of the tokens that a step chooses.
-        overlap: share of a step's chunks that the step before chose too, on real models.
+        overlap: share of a step's chunks that the step before chose too, on real models; a row has its own.
         device_gb: of K, V and abstracts on the device, in 10^9 bytes.
         host_gb: of K and V on the host.
         chunk: tokens that the disk reads together.
@@ -172,17 +172,16 @@ def _method(settings: Speed, case: Case, name: str) -> CacheMethod:
     return _NAMES[name](settings, case)
 
 
-def _leoam(settings: Speed, case: Case, *, leaf: int = 32, **more: Any) -> LeoAM:
+def _leoam(settings: Speed, case: Case, *, leaf: int = 32, known_by: str = "mean", **more: Any) -> LeoAM:
     return LeoAM(
-        topk=int(settings.topk * case.tokens), leaf=leaf, root=None,
-        known_by="mean" if leaf < settings.chunk else "box",
+        topk=int(settings.topk * case.tokens), leaf=leaf, root=None, known_by=known_by,
         chunk=settings.chunk, disk=str(settings.disk), device_budget=int(settings.device_gb * 1e9),
         host_budget=int(settings.host_gb * 1e9), **more,
     )  # fmt: skip
 
 
 def _fixed(settings: Speed, case: Case, **more: Any) -> LeoAM:
-    return _leoam(settings, case, leaf=settings.chunk, ahead=False, **more)
+    return _leoam(settings, case, leaf=settings.chunk, known_by="box", ahead=False, **more)
 
 
 def _streamed(settings: Speed, case: Case, *, ahead: bool) -> Streamed:
@@ -211,7 +210,7 @@ def _timed(settings: Speed, case: Case, name: str, model: Model, seen: int) -> d
     """
     method = _method(settings, case, name)
     n_steps, warm = (settings.steps, settings.warm) if isinstance(method, LeoAM) else (1, 2)
-    tau = _tau(settings, case, method, model) if isinstance(method, LeoAM) else 0.0
+    tau, overlap = _tau(settings, case, method, model) if isinstance(method, LeoAM) else (0.0, 1.0)
     state = filled(model, method, case.batch, case.tokens, seen, tau, settings.seed)
     logits = jnp.zeros((case.batch, model.config.vocab_size), jnp.float32)
     rng, times, before = np.random.default_rng(settings.seed), [], None
@@ -230,12 +229,13 @@ def _timed(settings: Speed, case: Case, name: str, model: Model, seen: int) -> d
         "step_us": step,
         "samples_us": times[warm:],
         "tau": tau,
+        "overlap": overlap,
         "state_bytes": measure.nbytes(state),
         **values,
     }
 
 
-def _tau(settings: Speed, case: Case, method: LeoAM, model: Model) -> float:
+def _tau(settings: Speed, case: Case, method: LeoAM, model: Model) -> tuple[float, float]:
     n_leaves = -(-case.tokens // method.leaf)
     n = -(-method.topk // method.leaf)
     return spread(n_leaves, n, model.config.group, method.known_by, settings.overlap, settings.seed)

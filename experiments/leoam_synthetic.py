@@ -4,7 +4,7 @@ Rows are random; chunks are known by their boxes alone, which are drawn apart fr
 around a random centre is bounded by q·c + s·Σ|q_d|: the first part ranks chunks anew for every query, the
 second ranks wide boxes high for all of them. Means instead of boxes have lengths exp(τ·normal): the long ones
 rank high for half of all queries. τ is set so that a step chooses as large a part of what the step before
-chose as on real models.
+chose as on real models, or the largest there is: with one query of a KV head, means give a half at most.
 """
 
 import functools
@@ -36,8 +36,12 @@ _PART = 1024  # slots that are written at once
 
 
 @functools.cache
-def spread(n_leaves: int, n: int, group: int, known_by: str, overlap: float, seed: int) -> float:
+def spread(
+    n_leaves: int, n: int, group: int, known_by: str, overlap: float, seed: int
+) -> tuple[float, float]:
     """Returns the τ by which widths (in deviations of q·c), or lengths, vary so that steps choose alike.
+
+    And the share of a step's choice that the step before chose then, which may be less than was asked for.
 
     Args:
         n_leaves: of a head, of which each step chooses n.
@@ -49,7 +53,7 @@ def spread(n_leaves: int, n: int, group: int, known_by: str, overlap: float, see
         middle = (low + high) / 2
         found = _overlap(n_leaves, n, group, known_by, middle, seed)
         low, high = (low, middle) if found > overlap else (middle, high)
-    return high
+    return high, _overlap(n_leaves, n, group, known_by, high, seed)
 
 
 def _overlap(n_leaves: int, n: int, group: int, known_by: str, tau: float, seed: int) -> float:

@@ -169,6 +169,7 @@ LEOAM: Mapping[str, Callable[[], str]] = {
         "--cases llama-3.1-8b:8x32768 --names full leoam-host",
         "--cases llama-3.1-8b:8x32768 --names full prefetch",
         "--cases longchat-7b:1x32768 --names full prefetch fixed leoam",
+        "--cases longchat-7b/8:8x32768 --names full fixed leoam",
     ),
     "faults": _faults,
 }

@@ -90,7 +90,7 @@ def _chelsea_speed(options: str, part: str = "decode") -> str:
 
 def _chelsea_requests() -> str:
     """Returns the times of prompts and their answers."""
-    stored, path = results.newest("chelsea", " speed", "chelsea_speed", claim="chelsea.end_to_end_speedup")
+    stored, path = results.newest("chelsea", " speed --prompt-rows", "chelsea_speed", part="end_to_end")
     lines = ["| method | rows | prompt, s | answer, s | times as fast |", "|---|---|---|---|---|"]
     for r in (r for r in stored["rows"] if r["part"] == "end_to_end"):
         scaled = f" (scaled from {r['prefill_rows']} rows)" if r["prefill_is_scaled"] else ""

@@ -6,6 +6,7 @@ from experiments.quote_methods import PROSE
 __all__ = ["table"]
 
 _SHARE, _HOST = f"quality {PROSE} --keeps 0.2 0.25", "speed --bits 8 --topk 0.015 --hit-rate 0.94"
+_ALONE = "speed --pattern experiments/results/chess_quality/cpu-2026-11-26.json --samples"
 # System, what (x: how many times as fast), how it is written, what was wanted, command, claim.
 _FIGURES = (
     ("chelsea", "KL to the full cache, a fifth of the slots, refined budgets, SmolLM2", ".4f", "0.030",
@@ -25,9 +26,13 @@ _FIGURES = (
      "speed --cases llama-3.1-8b:8x32768", "leoam.latency_speedup_batch8"),
     ("leoam", "step of one row of LongChat's, beside chunks of a fixed size", "x", "",
      "speed --cases longchat-7b:1x32768", "leoam.speedup_over_fixed_longchat_b1_32k"),
+    ("leoam", "step of 8 rows of LongChat's, 8 layers, beside the full cache from the disk", "x", "5.47x",
+     "speed --cases longchat-7b/8", "leoam.speedup_over_full_longchat_l8_b8_32k"),
+    ("leoam", "the same beside chunks of a fixed size", "x", "",
+     "speed --cases longchat-7b/8", "leoam.speedup_over_fixed_longchat_l8_b8_32k"),
     ("chess", "step of one row, half of the activations, beside the dense model", "x", "1.27x",
-     "speed --pattern", "chess.decode_speedup_50"),
-    ("chess", "the same, 70% of them", "x", "1.50x", "speed --pattern", "chess.decode_speedup_70"),
+     _ALONE, "chess.decode_speedup_50"),
+    ("chess", "the same, 70% of them", "x", "1.50x", _ALONE, "chess.decode_speedup_70"),
 )  # fmt: skip
 _NAMES = {"chelsea": "Chelsea", "a2ats": "A²ATS", "leoam": "LeoAM", "chess": "CHESS"}
 

@@ -95,7 +95,6 @@ SPECS = (
     WriteSpec(2, 64, (96, 80), 4),
     WriteSpec(3, 80, (9, 70, 33), 8, 8, 20, "float32"),  # blocks that a head's last slot cuts
     WriteSpec(1, 16, (40, 64), 4, 16, 33, "float16"),
-    *(WriteSpec(1, 128, (131072,) * 8, bits, uses=("bench",)) for bits in (8, 4)),
 )
 
 OP = Op(write_codes, SPECS, error=_error, platforms=("gpu",))
