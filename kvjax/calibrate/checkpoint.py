@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["digest", "kept", "read", "write"]
+__all__ = ["check_same", "digest", "kept", "read", "write"]
 
 
 def write(path: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
@@ -63,13 +63,18 @@ def kept(path: Path, stamp: dict, make: Callable[[], Mapping[str, np.ndarray]]) 
         write(path, made := make(), stamp)
         return made
     arrays, about = read(path)
+    check_same(about, stamp, path)
+    return arrays
+
+
+def check_same(about: Mapping[str, Any], stamp: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError where what a folder says of itself is another calibration."""
     if about != stamp:
         differ = sorted(name for name in stamp if about.get(name) != stamp[name])
         raise ValueError(
             f"a folder holds one calibration, got another {' and '.join(differ)} in {str(path)!r}: "
             "take another folder, or delete it"
         )
-    return arrays
 
 
 def digest(*arrays: np.ndarray) -> str:

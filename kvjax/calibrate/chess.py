@@ -30,7 +30,7 @@ from rich.progress import Progress
 from kvjax import text
 from kvjax.calibrate import activations, checkpoint, quantiles, refine_thresholds
 from kvjax.model import Model, fingerprint
-from kvjax.thresholds import ActivationSparsity, Site, Threshold, Thresholds
+from kvjax.thresholds import ActivationSparsity, Site, Threshold, Thresholds, load
 
 __all__ = ["Passes", "calibrate", "closed_form", "rescaled"]
 
@@ -54,13 +54,13 @@ def calibrate(
 
     Args:
         documents: token ids, such as `text.documents` returns.
-        folder: where an interrupted run of the same calibration goes on.
+        folder: where an interrupted run of the same calibration goes on; one that has ended is returned.
         refine: gradient steps on the KL to the dense model; layers and channels then share the sparsity.
         seed: of the steps' order of documents.
 
     Raises:
         ValueError: for fewer than 4,096 tokens, documents that the model cannot read, steps below 0, a
-            folder where another calibration is under way, or a damaged one.
+            folder of another calibration, or a damaged one.
 
     Cost: three passes of the model over the text; holds 2¹⁵ + 2¹⁶ counts of every layer and site. A step of
     refinement costs about six passes over 1,024 tokens.
@@ -75,19 +75,23 @@ def calibrate(
         "text": checkpoint.digest(documents),
         "method": repr(method),
     }
+    ended, whole = folder / "calibration.json", stamp | {"refine": refine, "seed": seed}
+    if ended.is_file():
+        checkpoint.check_same(json.loads(ended.read_text(encoding="utf-8")), whole, folder)
+        return load(folder, model)
     with Progress(console=Console(stderr=True)) as progress:
         passes = Passes(model, documents, folder, stamp, progress)
         (found,) = closed_form(passes, [method])
         curve: Mapping[str, np.ndarray] = {}
         if refine and method.sparsity:
             options = {"n_steps": refine, "seed": seed, "progress": progress}
-            stamp = stamp | {"refine": refine, "seed": seed}
             make = functools.partial(refine_thresholds.refine, model, documents, found, **options)
-            learnt = checkpoint.kept(folder / "refined", stamp, make)
+            learnt = checkpoint.kept(folder / "refined", whole, make)
             found, curve = refine_thresholds.restored(found, learnt), learnt
             found = rescaled(passes, found)
     found.save(folder)
     (folder / "measured.json").write_text(json.dumps(_measured(found, curve)) + "\n", encoding="utf-8")
+    ended.write_text(json.dumps(whole) + "\n", encoding="utf-8")
     for name in ("ups", "coarse", "fine", "pooled", "pooled_fine"):
         shutil.rmtree(folder / name, ignore_errors=True)
     return found

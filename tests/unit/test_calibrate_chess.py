@@ -61,7 +61,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(tmp_path, mon
     for a, b in zip(ours.layers, whole.layers, strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_array_equal(x, y)
-    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == ["measured.json", "thresholds"]
+    left_over = sorted(p.name for p in (tmp_path / "parts").iterdir())
+    assert left_over == ["calibration.json", "measured.json", "thresholds"]
 
 
 def test_a_folder_of_another_calibration_is_refused(tmp_path, monkeypatch):
@@ -75,6 +76,17 @@ def test_a_folder_of_another_calibration_is_refused(tmp_path, monkeypatch):
         chess.calibrate(MODEL, DOCUMENTS, tmp_path, Chess(0.6, plus=True))
     with pytest.raises(ValueError, match="another text"):
         chess.calibrate(MODEL, DOCUMENTS[::-1].copy(), tmp_path, METHOD)
+
+
+def test_a_calibration_that_has_ended_is_returned_and_not_written_over(tmp_path, monkeypatch):
+    whole = chess.calibrate(MODEL, DOCUMENTS, tmp_path, METHOD)
+    monkeypatch.setattr(activations, "run", None)  # nothing is read again
+    again = chess.calibrate(MODEL, DOCUMENTS, tmp_path, METHOD)
+    for x, y in zip(jax.tree.leaves(again.layers), jax.tree.leaves(whole.layers), strict=True):
+        np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="another method in"):
+        chess.calibrate(MODEL, DOCUMENTS, tmp_path, Cats(0.5))
+    assert Chess.load(tmp_path, MODEL).method == METHOD
 
 
 def test_documents_that_do_not_do_are_refused(tmp_path):
