@@ -278,6 +278,6 @@ def _claims(settings: Speed, stored: Results, cases: Sequence[Case]) -> dict[str
             claims[f"leoam.speedup_over_{name}_{case.label}"] = rows[name]["step_us"] / rows[own]["step_us"]
         if "full" in rows:
             ratios.append(claims[f"leoam.speedup_over_full_{case.label}"])
-            if case.batch == 8:
+            if case.batch == 8 and case.layers is None:
                 claims["leoam.latency_speedup_batch8"] = ratios[-1]
     return claims | ({"leoam.latency_speedup_mean": float(np.mean(ratios))} if ratios else {})

@@ -4,7 +4,7 @@ Rows are random; chunks are known by their boxes alone, which are drawn apart fr
 around a random centre is bounded by q·c + s·Σ|q_d|: the first part ranks chunks anew for every query, the
 second ranks wide boxes high for all of them. Means instead of boxes have lengths exp(τ·normal): the long ones
 rank high for half of all queries. τ is set so that a step chooses as large a part of what the step before
-chose as on real models, or the largest there is: with one query of a KV head, means give a half at most.
+chose as on real models, or _WIDEST: with one query of a KV head means give a half at most, and 43% there.
 """
 
 import functools

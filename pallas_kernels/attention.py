@@ -17,6 +17,7 @@ __all__ = [
     "Codes",
     "block_rows",
     "check_attention",
+    "check_scales",
     "code_blocks",
     "decode_codes",
     "encode",
@@ -143,13 +144,13 @@ def check_attention(q: Array, k: Any, v: Any, mass: Array, form: AttentionForm) 
                 f"got {shape}: form.slots sum to R, and q is [B K G D]"
             )
         if isinstance(store, Codes):
-            _check_scales(name, store, form.slots, size)
+            check_scales(name, store, form.slots, size)
     if mass.shape != (batch, rows):
         raise ValueError(f"there is one mass per slot, {(batch, rows)}, got {mass.shape=}")
     debug_check(lambda: jnp.all(mass >= 0), "a mass is a number of tokens: it is not negative and not NaN")
 
 
-def _check_scales(name: str, store: Codes, slots: tuple[int, ...], size: int) -> None:
+def check_scales(name: str, store: Codes, slots: tuple[int, ...], size: int) -> None:
     """Raises ValueError where scales do not fit the codes."""
     if store.block is None:
         shape = (*store.codes.shape[:2], 1)

@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 __all__ = [
     "Target",
     "aim",
+    "barrier",
     "call_host",
     "checked",
     "compile_only",
@@ -92,6 +93,15 @@ def program_id(axis: int) -> jax.Array:
     """
     place = pl.program_id(axis)
     return pl.num_programs(axis) - 1 - place if target().interpret == "backward" else place
+
+
+def barrier() -> None:
+    """Makes the threads of a `gpu_call`'s program wait for each other: none stores what another still loads.
+
+    Interpreted, a program is one thread.
+    """
+    if target().interpret is None:
+        triton.debug_barrier()
 
 
 def gpu_call(

@@ -13,7 +13,7 @@ import numpy as np
 
 from pallas_kernels.append_rows import reference
 from pallas_kernels.attention import starts
-from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.backend import barrier, gpu_call, pl, program_id, triton
 from pallas_kernels.rows_gpu import lanes, rotated
 
 __all__ = ["run"]
@@ -119,7 +119,8 @@ def _write(
             else:
                 source = (packed_refs[which], (batch, token, head, first))
             moves.append(_moved(source, (out_ref, (batch, to)), alive, angles if turn else None))
-        _put(itertools.chain(*moves))  # all is loaded before anything is stored
+        barrier()  # all is loaded, the counts that others would read anew too, before anything is stored
+        _put(itertools.chain(*moves))
         if counted := out_refs[n_stores:n_written]:
             _count((fill_ref, seen_ref, heads_ref), counted, batch, head, order)
 

@@ -8,7 +8,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.attention import Codes
+from pallas_kernels.attention import Codes, check_scales
 from pallas_kernels.write_codes import gpu, reference
 
 __all__ = ["Ring", "write_codes"]
@@ -42,7 +42,7 @@ def write_codes(
     Args:
         stores: such as of keys and of values.
         rings: of each store, whose rows its codes are of.
-        rows: [B K D] for each store, of its ring's type.
+        rows: [B K D] for each store, of its ring's type, as its scales are.
         idx: packed row that each head's goes to; R = none.
         mass: of all slots, after the write; blocks are scaled by those with mass.
         slots: capacity of each KV head. R = Σ slots.
@@ -74,11 +74,13 @@ def write_codes(
             (batch, n_heads, window, size), (batch, n_heads, window), (batch, n_heads),
             (batch, n_heads, size), (batch, sum(slots), size * store.bits // 8),
         )  # fmt: skip
-        if shapes != wanted or row.dtype != ring.rows.dtype:
+        types = {x.dtype for x in (row, ring.rows, store.scale, store.zero)}
+        if shapes != wanted or len(types) > 1:
             raise ValueError(
-                f"a ring, a new row and the codes of each head are {wanted}, got {shapes}, and rows of "
-                f"{row.dtype} for a ring of {ring.rows.dtype}"
+                f"a ring, a new row and the codes of each head are {wanted}, with scales of their type, got "
+                f"{shapes} of {sorted(map(str, types))}"
             )
+        check_scales("a store", store, tuple(slots), size)
     impls = {"reference": reference.run, "gpu": gpu.run}
     rings = [Ring(x.rows, *(y.astype(jnp.int32) for y in (x.slot, x.turn))) for x in rings]
     args = (tuple(stores), tuple(rings), tuple(rows), idx.astype(jnp.int32), mass)

@@ -1,6 +1,6 @@
 """New rows of stores of codes in Pallas Triton: a program writes one head's row of one store, in place.
 
-XLA takes eight kernels for a store with a scale per row and its ring, and a dozen for one with blocks.
+XLA takes some sixteen kernels for keys and values together.
 """
 
 import dataclasses
@@ -11,15 +11,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import starts
-from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.backend import barrier, gpu_call, pl, program_id, triton
 from pallas_kernels.instructions import nearest
 from pallas_kernels.rows_gpu import lanes
+from pallas_kernels.write_codes import reference
 
 __all__ = ["run"]
 
+_MOST = 2**15  # elements of a tile: what a program holds of a block, by channels or by rows of the ring
+
 
 def run(stores, rings, rows, idx, mass, *, slots: tuple[int, ...]):
-    """Returns what `reference.run` returns."""
+    """Returns what `reference.run` returns; its derivatives are the reference's.
+
+    Raises:
+        NotImplementedError: for blocks that are too large for one program.
+    """
+    for store, ring in zip(stores, rings, strict=True):
+        window, size = ring.rows.shape[2:]
+        if (store.block or 1) * lanes(max(window, size)) > _MOST:
+            raise NotImplementedError(f"a program holds a block, got {store.block=} for {ring.rows.shape=}")
+    return _run(stores, rings, rows, idx, mass, slots)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _run(stores, rings, rows, idx, mass, slots: tuple[int, ...]):
     held = [(s.codes, s.scale, s.zero, r.rows, r.slot, r.turn) for s, r in zip(stores, rings, strict=True)]
     heads = [starts(slots)[:-1], slots]  # first packed row, capacity, and of each store the first block
     heads += [starts(tuple(pl.cdiv(n, s.block or 1) for n in slots))[:-1] for s in stores]
@@ -41,6 +57,12 @@ def run(stores, rings, rows, idx, mass, *, slots: tuple[int, ...]):
         dataclasses.replace(ring, rows=x, slot=slot, turn=turn)
         for ring, (*_, x, slot, turn) in zip(rings, parts, strict=True)
     )
+
+
+@_run.defjvp
+def _derivative(slots: tuple[int, ...], values, changes):
+    """A kernel that writes in place has no derivative."""
+    return jax.jvp(functools.partial(reference.run, slots=slots), values, changes)
 
 
 def _write(
@@ -65,6 +87,7 @@ def _write(
             else:
                 place = (heads_ref, 2 + i, mass_ref, idx_ref, slot)
                 moves += _block(here, held, row, out, place, bits, block)
+            barrier()
             for where, x, mask in moves:
                 triton.store(where, x, mask=mask)
 
@@ -127,7 +150,7 @@ def _block(here, held, row_ref, out, place, bits: int, block: int) -> list[tuple
     mask = inside[:, None] & real[None, :]
     alive = triton.load(mass_ref.at[batch, row], mask=inside, other=0) > 0
     found = (slot[None, :] == row[:, None]) & inside[:, None] & (row != idx)[:, None]
-    at = jnp.sum(jnp.where(found, jnp.arange(slot.size)[None, :], 0), axis=1)
+    at = jnp.max(jnp.where(found, jnp.arange(slot.size)[None, :], 0), axis=1)
     exact = jnp.max(found.astype(jnp.int32), axis=1) > 0
     codes = triton.load(codes_ref.at[batch, row[:, None], e[None, :]], mask=mask, other=0)
     which = jnp.where(written, heads_ref[head, column] + n, scale_ref.shape[1])

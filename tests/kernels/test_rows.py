@@ -22,6 +22,7 @@ from pallas_kernels import (
 )
 from pallas_kernels.attention import decode_codes, quantize
 from pallas_kernels.backend import Target, aim, checked
+from pallas_kernels.registry import ops
 
 seeds = st.integers(0, 10**6)
 SLOTS, ROWS, D = (7, 12), 19, 8
@@ -199,13 +200,40 @@ def test_a_block_is_scaled_by_its_exact_rows_and_by_codes_where_there_are_none(s
         assert ring.turn[0, h] == 2
 
 
+def test_gradients_go_through_new_codes_rows_as_through_the_reference():
+    spec = next(spec for spec in ops()["write_codes"].specs if spec.dtype == "float32")
+    given_ = spec.arrays(jax.random.key(0))
+
+    def loss(rows, impl):
+        stores, rings = write_codes(**(given_ | {"rows": rows}), slots=spec.slots, impl=impl)
+        values = [decode_codes(store, spec.slots) for store in stores]
+        return sum((x**2).sum() for x in (*values, *(ring.rows for ring in rings)))
+
+    expected = jax.grad(loss)(given_["rows"], "reference")
+    with aim(Target("gpu", "interpreted", "forward")):
+        found = jax.jit(jax.grad(loss), static_argnums=1)(given_["rows"], "gpu")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+    assert all(np.abs(x).max() > 0 for x in found)
+
+
+def test_blocks_that_no_program_holds_are_refused():
+    slots, x = (1024,), jnp.ones((1, 1024, D))
+    ring = Ring(x[:, None], jnp.arange(1024)[None, None], jnp.zeros((1, 1), int))
+    given_ = ([quantize(x, 8, slots, 1024)], [ring], [x[:, :1]], jnp.zeros((1, 1), int), x[..., 0])
+    with (
+        aim(Target("gpu", "interpreted", "forward")),
+        pytest.raises(NotImplementedError, match="holds a block"),
+    ):
+        write_codes(*given_, slots=slots, impl="gpu")
+
+
 def places(at):
     return at[:, :1], SEEN, at[:, :1]
 
 
-def written(x, row, idx):
-    store = Codes(x.astype(jnp.uint8), x[..., :1], x[..., :1], 8, None)
-    ring = Ring(x[:, None, :2], idx[:, :1, None], idx[:, :1])
+def written(x, row, idx, n_scales=4):
+    store = Codes(x.astype(jnp.uint8), x[:, :n_scales, :1], x[:, :n_scales, :1], 8, None)
+    ring = Ring(x[:, None, :2], jnp.zeros((1, 1, 2), jnp.int32), idx[:, :1])
     return write_codes([store], [ring], [row], idx, jnp.ones((1, 4)), slots=(4,))
 
 
@@ -225,6 +253,7 @@ def written(x, row, idx):
         (lambda x, n, at: merge_rows((x,), n, at, at, None, n[0], form=MergeForm((4,), 1)), "positions"),
         (lambda x, n, at: written(x, x[:, :1], at[:, :2]), "each slot has a mass"),
         (lambda x, n, at: written(x, x[:, :1, :3], at[:, :1]), "a ring, a new row and the codes"),
+        (lambda x, n, at: written(x, x[:, :1], at[:, :1], 3), "scales and zeros"),
         (lambda x, n, at: inspect.unwrap(rotate_rows)(x[..., :3], at, n[0, :1]), "two channels a freq"),
     ],
 )  # fmt: skip
