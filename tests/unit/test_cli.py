@@ -204,7 +204,7 @@ def test_doctor_tells_the_machine_and_its_rates(capsys, tmp_path, monkeypatch):
         (Target("cpu", "some"), "reference (XLA)", "all"),
         (Target("gpu", "H100", capability=(9, 0)), "gpu (Pallas Triton)", ""),
         (Target("gpu", "T4", capability=(7, 5)), "reference (XLA)", "all"),
-        (Target("tpu", "v5e"), "tpu (Pallas Mosaic)", "stow_rows by the reference"),
+        (Target("tpu", "v5e"), "tpu (Pallas Mosaic)", "write_codes by the reference"),
     ],
 )
 def test_doctor_tells_which_kernels_run(at, back_end, ops):
