@@ -124,9 +124,9 @@ def _row(here, row_ref, out, idx_ref, bits: int) -> list[tuple]:
         triton.load(row_ref.at[batch, head, e * parts + j], mask=real, other=0).astype(jnp.float32)
         for j in range(parts)
     ]
-    low = functools.reduce(jnp.minimum, [jnp.min(jnp.where(real, x, jnp.inf), axis=0) for x in xs])
-    high = functools.reduce(jnp.maximum, [jnp.max(jnp.where(real, x, -jnp.inf), axis=0) for x in xs])
-    byte, scale, low = _encoded(xs, [(low, high)] * parts, bits, scale_ref.dtype)
+    low, high = zip(*(_edges(x, real) for x in xs), strict=True)
+    both = functools.reduce(jnp.minimum, low), functools.reduce(jnp.maximum, high)
+    byte, scale, low = _encoded(xs, [both] * parts, bits, scale_ref.dtype)
     own = (batch, idx + one, 0 * one)
     return [
         (codes_ref.at[batch, idx, e], byte, real & written),
@@ -149,9 +149,7 @@ def _block(here, held, row_ref, out, place, bits: int, block: int) -> list[tuple
     row, real = jnp.where(inside, first + n * block + p, n_rows), e < width
     mask = inside[:, None] & real[None, :]
     alive = triton.load(mass_ref.at[batch, row], mask=inside, other=0) > 0
-    found = (slot[None, :] == row[:, None]) & inside[:, None] & (row != idx)[:, None]
-    at = jnp.max(jnp.where(found, jnp.arange(slot.size)[None, :], 0), axis=1)
-    exact = jnp.max(found.astype(jnp.int32), axis=1) > 0
+    at, exact = _in_ring(slot, row, inside & (row != idx))
     codes = triton.load(codes_ref.at[batch, row[:, None], e[None, :]], mask=mask, other=0)
     which = jnp.where(written, heads_ref[head, column] + n, scale_ref.shape[1])
     xs, edges = [], []
@@ -171,13 +169,25 @@ def _block(here, held, row_ref, out, place, bits: int, block: int) -> list[tuple
         x = jnp.where(exact[:, None], known, jnp.where((row == idx)[:, None], new[None, :], x))
         x = x.astype(jnp.float32)
         xs.append(x)
-        low, high = (jnp.where(alive[:, None], x, edge) for edge in (jnp.inf, -jnp.inf))
-        edges.append((jnp.min(low, axis=0), jnp.max(high, axis=0)))
+        edges.append(_edges(x, alive[:, None]))
     byte, scales, lows = _encoded(xs, edges, bits, scale_ref.dtype)
     moves = [(out[0].at[batch, row[:, None], e[None, :]], byte, mask)]
     for ref, each in ((out[1], scales), (out[2], lows)):
         moves += [(ref.at[batch, which, e * parts + j], x, real & written) for j, x in enumerate(each)]
     return moves
+
+
+def _in_ring(slot, row, asked) -> tuple[jax.Array, jax.Array]:
+    """Returns where in a ring the rows of a block are, and which of those asked for are there."""
+    found = (slot[None, :] == row[:, None]) & asked[:, None]
+    at = jnp.max(jnp.where(found, jnp.arange(slot.size)[None, :], 0), axis=1)
+    return at, jnp.max(found.astype(jnp.int32), axis=1) > 0
+
+
+def _edges(x, counts) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest of the values that count, over the first axis."""
+    low, high = (jnp.where(counts, x, edge) for edge in (jnp.inf, -jnp.inf))
+    return jnp.min(low, axis=0), jnp.max(high, axis=0)
 
 
 def _encoded(xs, edges, bits: int, dtype) -> tuple:
