@@ -15,7 +15,9 @@ from pallas_kernels.backend import pl, triton
 from pallas_kernels.instructions import assemble
 
 __all__ = [
+    "bare_rows",
     "decode_rows",
+    "has_row_scales",
     "lanes",
     "load_halves",
     "load_rows",
@@ -42,43 +44,77 @@ def n_parts(store: Any) -> int:
     return 8 // store.bits if isinstance(store, Codes) else 1
 
 
-def load_rows(store: Any, place: tuple, alive: jax.Array) -> tuple:
+def has_row_scales(store: Any) -> bool:
+    """Returns whether rows are codes with a scale and a zero of their own each."""
+    return isinstance(store, Codes) and store.block is None
+
+
+def load_rows(store: Any, place: tuple, alive: jax.Array | None) -> tuple:
     """Loads rows of a store as they lie, for `decode_rows`.
 
     place: batch row, packed rows [P], and the block of scales of each [P] or of the first, where
-    rows follow each other. alive: [P], rows to load; the others are zeros.
+    rows follow each other. alive: [P], rows to load; the others are zeros. None for all, without a mask, for
+    which registers would have to be cleared.
     """
     batch, row, code_block = place
     codes = store.codes if isinstance(store, Codes) else store
     channel = jnp.arange(lanes(codes.shape[-1]))
-    mask = alive[:, None] & (channel < codes.shape[-1])[None, :]
+    inside = (channel < codes.shape[-1])[None, :]
+    if alive is None:
+        mask = None if channel.size == codes.shape[-1] else inside & jnp.full((row.size, 1), True)
+    else:
+        mask = inside & alive[:, None]
     if not isinstance(store, Codes):
-        return (triton.load(codes.at[batch, row[:, None], channel[None, :]], mask=mask, other=0),)
-    per = store.block if store.block is not None and not code_block.ndim else row.shape[0]
-    n = row.shape[0] // per
-    row, alive, mask = row.reshape(n, per), alive.reshape(n, per), mask.reshape(n, per, channel.size)
-    x = triton.load(codes.at[batch, row[:, :, None], channel[None, None, :]], mask=mask, other=0)
-    code_block = code_block.reshape(n, per) if code_block.ndim else code_block
+        return (_load(codes.at[batch, row[:, None], channel[None, :]], mask),)
+    per = store.block if store.block is not None and not code_block.ndim else row.size
+    row = row.reshape(-1, per)
+    alive, mask = (x if x is None else x.reshape(*row.shape, *x.shape[1:]) for x in (alive, mask))
+    x = _load(codes.at[batch, row[:, :, None], channel[None, None, :]], mask)
+    code_block = code_block.reshape(row.shape) if code_block.ndim else code_block
     scales = (_scales(store, ref, (batch, row, code_block), alive) for ref in (store.scale, store.zero))
     return (x, *scales)
 
 
-def _scales(store: Codes, ref: Any, place: tuple, alive: jax.Array) -> jax.Array:
+def _load(ref: Any, mask: jax.Array | None) -> jax.Array:
+    """Loads what a mask allows, and zeros for the rest; without one all."""
+    return triton.load(ref) if mask is None else triton.load(ref, mask=mask, other=0)
+
+
+def _scales(store: Codes, ref: Any, place: tuple, alive: jax.Array | None) -> jax.Array:
     """Loads scales, or zeros, of rows [N P]: [N P], or [N E2 parts] per block, or [N P E2 parts]."""
     batch, row, code_block = place
     if store.block is None:
-        return triton.load(ref.at[batch, row, 0], mask=alive, other=0)
+        return _load(ref.at[batch, row, 0], alive)
     parts, width = n_parts(store), store.codes.shape[-1]
     channel, part = jnp.arange(lanes(width)), jnp.arange(parts)
-    if code_block.ndim:  # rows from anywhere
-        mask = alive
-    else:  # the blocks that follow; beyond the last slot it does not matter which
-        code_block = jnp.minimum(code_block + jnp.arange(row.shape[0]), ref.shape[1] - 1)
-        mask = jnp.full(code_block.shape, True)
+    if not code_block.ndim:  # the blocks that follow; beyond the last slot it does not matter which
+        code_block, alive = jnp.minimum(code_block + jnp.arange(row.shape[0]), ref.shape[1] - 1), None
     lead = (1,) * code_block.ndim
     at = (channel[:, None] * parts + part[None, :]).reshape(*lead, -1, parts)  # as they lie
-    mask = mask[..., None, None] & (channel < width).reshape(*lead, -1, 1)
-    return triton.load(ref.at[batch, code_block[..., None, None], at], mask=mask, other=0)
+    mask = (channel < width).reshape(*lead, -1, 1) & jnp.full((*code_block.shape, 1, parts), True)
+    if alive is not None:
+        mask = mask & alive[..., None, None]
+    return _load(ref.at[batch, code_block[..., None, None], at], mask)
+
+
+def bare_rows(
+    store: Any, loaded: tuple, alive: jax.Array, dtype: Any
+) -> tuple[list[jax.Array], tuple | None]:
+    """Returns the parts of rows as `decode_rows` does; of codes with a scale per row the codes alone.
+
+    Their scales and zeros [P] come second, zeros of those not alive; None for other rows.
+    """
+    if not has_row_scales(store):
+        return decode_rows(store, loaded, alive, dtype), None
+    x, *pair = loaded
+    parts = [_bare(x, store.bits, i, _decoded(dtype)) for i in range(n_parts(store))]
+    pair = [jnp.where(alive, y.reshape(-1).astype(jnp.float32), 0.0) for y in pair]
+    return [part.reshape(-1, part.shape[-1]) for part in parts], tuple(pair)
+
+
+def _decoded(dtype: Any) -> Any:
+    """Returns the type that codes become for queries of a type."""
+    return jnp.float32 if dtype == jnp.float32 else jnp.float16
 
 
 def decode_rows(store: Any, loaded: tuple, alive: jax.Array | None, dtype: Any) -> list[jax.Array]:
@@ -88,7 +124,7 @@ def decode_rows(store: Any, loaded: tuple, alive: jax.Array | None, dtype: Any) 
     """
     if not isinstance(store, Codes):
         return list(loaded)
-    dtype = jnp.float32 if dtype == jnp.float32 else jnp.float16
+    dtype = _decoded(dtype)
     x, scale, zero = loaded
     alive = None if alive is None else alive.reshape(x.shape[:2])
     if store.block is None:
@@ -109,8 +145,8 @@ def _split_parts(x: jax.Array, dtype: Any) -> list[jax.Array]:
     return [y if y.ndim == 3 else y[:, None] for y in each]
 
 
-# Four bytes, with a scale and a zero each, become float16: a code in the low bits of 1024, less 1024.
-_DECODE = """{
+# Four bytes become float16: a code in the low bits of 1024, less 1024; then with a scale and a zero each.
+_BARE = """{
     .reg .b32 code, one;
     mov.b32 one, 0x64006400;
     %s
@@ -118,9 +154,11 @@ _DECODE = """{
     prmt.b32 $1, code, one, 0x5352;
     sub.f16x2 $0, $0, one;
     sub.f16x2 $1, $1, one;
+"""
+_SCALE = """
     fma.rn.f16x2 $0, $0, $3, $5;
     fma.rn.f16x2 $1, $1, $4, $6;
-}"""
+"""
 _PICK = {  # by bits and part
     (8, 0): "mov.b32 code, $2;",
     (4, 0): "and.b32 code, $2, 0x0f0f0f0f;",
@@ -128,17 +166,26 @@ _PICK = {  # by bits and part
 }
 
 
+def _code(byte: jax.Array, bits: int, part: int) -> jax.Array:
+    return byte if bits == 8 else byte >> 4 if part else byte & 15
+
+
+def _bare(byte: jax.Array, bits: int, part: int, dtype: Any) -> jax.Array:
+    """Returns the code of all bits, or of those in one half of a byte, as a number."""
+    plain = lambda byte: _code(byte, bits, part).astype(dtype)  # noqa: E731
+    if dtype == jnp.float32:
+        return plain(byte)
+    options = {"dtype": dtype, "constraints": "=&r,=&r,r", "pack": 4}
+    return assemble(_BARE % _PICK[bits, part] + "}", byte, plain=plain, **options)
+
+
 def _decode(byte: jax.Array, bits: int, part: int, scale: jax.Array, zero: jax.Array) -> jax.Array:
     """Returns code * scale + zero, of all bits or of those in one half of a byte."""
-
-    def plain(byte, scale, zero):
-        code = byte if bits == 8 else byte >> 4 if part else byte & 15
-        return code.astype(scale.dtype) * scale + zero
-
+    plain = lambda byte, scale, zero: _code(byte, bits, part).astype(scale.dtype) * scale + zero  # noqa: E731
     if scale.dtype == jnp.float32:
         return plain(byte, scale, zero)
     options = {"dtype": scale.dtype, "constraints": "=&r,=&r,r,r,r,r,r", "pack": 4}
-    return assemble(_DECODE % _PICK[bits, part], byte, scale, zero, plain=plain, **options)
+    return assemble(_BARE % _PICK[bits, part] + _SCALE + "}", byte, scale, zero, plain=plain, **options)
 
 
 def _half(ref, batch, row, mask, start: int):

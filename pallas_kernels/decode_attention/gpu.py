@@ -118,15 +118,23 @@ def _split(
     if pos_ref is not None:
         length = jnp.where(pos_ref[batch] >= 0, length, 0)
     n = jnp.clip(length - first, 0, items_ref[item, 4])
+    coded = any(isinstance(store, Codes) for store in (k_ref, v_ref))
 
-    def load(i):
+    def place(i):
         at = i * block + jnp.arange(block)
-        alive = at < n
-        mass = triton.load(mass_ref.at[batch, row + at], mask=alive, other=0)
-        place = (batch, row + at, code_block + i * (block // unit))
-        keys = load_rows(k_ref, place, alive)
-        return keys, load_rows(v_ref, place, shared.needed(v_ref, alive, mass)), mass
+        # Codes beyond the end are loaded too: those of the last row.
+        inside = jnp.minimum(at, jnp.maximum(n - 1, 0)) if coded else at
+        return (batch, row + inside, code_block + i * (block // unit)), at < n
+
+    def load_keys(i):
+        where, alive = place(i)
+        mass = triton.load(mass_ref.at[where[:2]], mask=alive, other=0)
+        return load_rows(k_ref, where, shared.needed(k_ref, alive)), mass
+
+    def load_values(i, mass):
+        return load_rows(v_ref, place(i)[0], shared.needed(v_ref, mass > 0))
 
     n_steps = (n + block - 1) // block
-    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_refs[0], form, factor)
+    load = load_keys, load_values
+    state = shared.attend(n_steps, block, load, (k_ref, v_ref), q, out_refs[0], form, factor)
     shared.store_split(state, batch, item, out_refs)

@@ -1,5 +1,6 @@
 """The cases of decode attention that are tested, timed and tuned."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,8 @@ class DecodeSpec(Spec):
             length = jax.random.randint(keys[5], q.shape[:2], 0, length + 1)
         if self.bits < 16:
             k, v = quantize(k, self.bits, self.slots, 32), quantize(v, self.bits, self.slots, None)
+            if not self.full:
+                v = dataclasses.replace(v, scale=jnp.where((mass > 0)[..., None], v.scale, jnp.nan))
         elif not self.full:
             k, v = (jnp.where((mass > 0)[..., None], x, jnp.nan) for x in (k, v))
         return {"q": q, "k": k, "v": v, "mass": mass, "length": length.astype(jnp.int32)}
@@ -83,6 +86,7 @@ SPECS = (
     DecodeSpec(1, 4, 128, (160,) * 8, "float16"),
     DecodeSpec(2, 1, 64, (64,) * 4, "float32"),  # MHA
     DecodeSpec(2, 32, 128, (300,), "bfloat16"),  # MQA
+    DecodeSpec(3, 32, 80, (96,) * 3, "float32"),  # so many queries that a program joins all columns of one
     DecodeSpec(3, 3, 64, (7, 320, 40, 1), "float32"),  # ragged, and no multiple of anything
     DecodeSpec(1, 8, 128, (640, 64, 64, 64), "bfloat16"),
     DecodeSpec(2, 4, 128, (200, 200), "float32", softcap=20.0),
@@ -95,9 +99,14 @@ SPECS = (
         DecodeSpec(b, 4, 128, _EVEN[s], **_TIMED)
         for b, s in ((1, 8192), (1, 32768), (1, 131072), (8, 4096), (8, 32768), (32, 8192))
     ),
-    *(DecodeSpec(8, 4, 128, _EVEN[32768], bits=bits, **_TIMED) for bits in (8, 4)),
+    *(
+        DecodeSpec(b, 4, 128, _EVEN[s], bits=bits, **_TIMED)
+        for bits in (8, 4)
+        for b, s in ((1, 131072), (8, 32768))
+    ),
     DecodeSpec(8, 4, 128, _RAGGED, **_TIMED),
     DecodeSpec(8, 4, 128, (6553,) * 8, **_TIMED),  # a fifth of 32,768
+    DecodeSpec(64, 6, 128, (6553,) * 2, **_TIMED),
 )
 
 
@@ -106,7 +115,7 @@ def _candidates(spec: DecodeSpec) -> list[gpu.Settings | tpu.Settings]:
         gpu.Settings(block, programs, warps, stages)
         for block in (32, 64, 128)
         for programs in (264, 528, 1056, 2112)
-        for warps in (2, 4, 8)
+        for warps in (1, 2, 4, 8)
         for stages in (2, 3, 4)
     ]
     return [*on_gpu, *(tpu.Settings(block) for block in (1024, 2048, 4096, 8192))]

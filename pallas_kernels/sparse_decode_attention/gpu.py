@@ -102,23 +102,29 @@ def _split(
     at = jnp.arange(pl.next_power_of_2(split))
     n = jnp.max(jnp.where(blocks(at) >= 0, at + 1, 0), axis=0)  # lists usually end in blocks of none
 
-    def load(i):
+    def place(i):
         at = i * tile + jnp.arange(tile)
         chosen = blocks(at)
         slot = chosen * block + jax.lax.rem(item * split + at, block)
         alive = (chosen >= 0) & (slot < size)
-        slot = jnp.where(alive, slot, 0)
+        return jnp.where(alive, slot, 0), alive
+
+    def rows(store, slot, code_block, alive):
+        if isinstance(store, Codes) and store.block is not None:
+            code_block = code_block + jax.lax.div(slot, store.block)
+        return load_rows(store, (batch, first + slot, code_block), alive)
+
+    def load_keys(i):
+        slot, alive = place(i)
         mass = triton.load(mass_ref.at[batch, first + slot], mask=alive, other=0)
+        return rows(k_ref, slot, code_blocks[0], alive), mass
 
-        def rows(store, code_block, alive):
-            if isinstance(store, Codes) and store.block is not None:
-                code_block = code_block + jax.lax.div(slot, store.block)
-            return load_rows(store, (batch, first + slot, code_block), alive)
-
-        keys = rows(k_ref, code_blocks[0], alive)  # asked for first: values wait for the masses
-        return keys, rows(v_ref, code_blocks[1], shared.needed(v_ref, alive, mass)), mass
+    def load_values(i, mass):
+        slot, alive = place(i)
+        return rows(v_ref, slot, code_blocks[1], alive if isinstance(v_ref, Codes) else mass > 0)
 
     n_steps = (n + tile - 1) // tile
-    state = shared.attend(n_steps, load, (k_ref, v_ref), q, out_refs[0], form, factor)
+    load = load_keys, load_values
+    state = shared.attend(n_steps, tile, load, (k_ref, v_ref), q, out_refs[0], form, factor)
     item = head * pl.num_programs(2) + item
     shared.store_split(state, batch, item, out_refs)
