@@ -1,8 +1,9 @@
 """What the attention kernels in Pallas Triton share: queries, online softmax, the join of splits.
 
-Logits are in base 2, and lie slots by queries, [P X]: the matrix units take 16 slots and 8 queries, few of
-which are padding then. Arrays in Triton have sizes of powers of two: X pads G, E2 pads the channels.
-Queries and sums have the parts of the rows, see `rows_gpu`.
+Logits are in base 2. Of codes they lie slots by queries, [P X], since the matrix units take 16 rows and 8
+columns: half of the padding of few queries, of the products and of the registers, which decoding needs. Of
+plain rows, where memory binds, queries by slots. Arrays in Triton have sizes of powers of two: X pads G, E2
+pads the channels. Queries and sums have the parts of the rows, see `rows_gpu`.
 """
 
 import functools
@@ -70,63 +71,73 @@ def part_shapes(q: Any, v: Any, n_splits: int) -> tuple[jax.ShapeDtypeStruct, ..
     return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in (out, shape, shape))
 
 
-def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array) -> list[jax.Array]:
-    """Loads the parts [E2 X] of one head's queries."""
+def load_queries(q_ref: Any, batch: jax.Array, head: jax.Array, coded: bool) -> list[jax.Array]:
+    """Loads the parts of one head's queries, [X E2], or for codes [E2 X]."""
     group, width, parts = q_ref.shape[2:]
-    g, e = jnp.arange(_columns(group)), jnp.arange(lanes(width))
-    mask = (e < width)[:, None] & (g < group)[None, :]
-    return [
-        triton.load(q_ref.at[batch, head, g[None, :], e[:, None], i], mask=mask, other=0)
-        for i in range(parts)
-    ]
+    g, e = jnp.arange(_padded(group, coded)), jnp.arange(lanes(width))
+    mask = _across(g < group, coded) & _along(e < width, coded)
+    g, e = _across(g, coded), _along(e, coded)
+    return [triton.load(q_ref.at[batch, head, g, e, i], mask=mask, other=0) for i in range(parts)]
 
 
-def _columns(group: int) -> int:
-    """Returns the power of two that G queries are padded to, X: the matrix units take 8 columns at least."""
-    return max(8, pl.next_power_of_2(group))
+def _padded(group: int, coded: bool) -> int:
+    """Returns what G queries are padded to, X: the matrix units take 16 rows, or 8 columns."""
+    return max(8, pl.next_power_of_2(group)) if coded else lanes(group)
 
 
-def _nothing(out_ref: Any, n_slots: int) -> tuple:
+def _across(x: jax.Array, coded: bool) -> jax.Array:
+    """Returns what is of each query, [X], for all slots or channels."""
+    return x[None, :] if coded else x[:, None]
+
+
+def _along(x: jax.Array, coded: bool) -> jax.Array:
+    """Returns what is of each slot [P] or channel [E2] for all queries."""
+    return x[:, None] if coded else x[None, :]
+
+
+def _nothing(out_ref: Any, n_slots: int, coded: bool) -> tuple:
     """Returns the state of softmax before the first tile of P slots.
 
-    These are the largest logit [X], sums [P X] of weights and of weights times zeros of codes, each over the
-    slots at one place of their tile, and the parts of the sum of values [E2 X].
+    These are the largest logit [X], the sum of weights [X], that of weights times zeros of codes, and the
+    parts of the sum of values [X E2]. Of codes the sums are [P X], over the slots at one place of their
+    tiles, since warps meet for a sum over all; and the parts [E2 X].
     """
     group, width, parts = out_ref.shape[2:]
-    columns = _columns(group)
-    out = tuple(jnp.zeros((lanes(width), columns), jnp.float32) for _ in range(parts))
-    none = jnp.zeros((n_slots, columns), jnp.float32)
+    columns, width = _padded(group, coded), lanes(width)
+    shape = (width, columns) if coded else (columns, width)
+    none = jnp.zeros((n_slots, columns) if coded else (columns,), jnp.float32)
+    out = tuple(jnp.zeros(shape, jnp.float32) for _ in range(parts))
     return jnp.full((columns,), _LOWEST, jnp.float32), none, none, out
 
 
 def _logits(
-    q: list[jax.Array], keys: list[jax.Array], mass: jax.Array, form: AttentionForm, factor: float
+    q: list[jax.Array], keys: list[jax.Array], mass: jax.Array, form: AttentionForm, scale: float, coded: bool
 ) -> jax.Array:
-    """Returns the logits [P X] of one tile, from the parts of the keys [P E2]."""
-    logit = sum(_dot(key, part) for part, key in zip(q, keys, strict=True))
-    scale = factor * _LOG2E
+    """Returns the logits of one tile, [X P], or of codes [P X], from the parts of the keys [P E2]."""
+    logit = sum(_dot(key, part) if coded else _dot(part, key.T) for part, key in zip(q, keys, strict=True))
+    scale = scale * _LOG2E
     if form.softcap is not None:  # tanh(x) = 1 - 2/(1 + exp 2x)
         logit = 1 - 2 / (1 + exp2(logit * (2 * scale / form.softcap)))
         scale = form.softcap * _LOG2E
-    logit = multiply_add(logit, jnp.float32(scale), log2(jnp.maximum(mass, 1e-30))[:, None])
-    return jnp.where((mass > 0)[:, None], logit, 2 * _LOWEST)
+    logit = multiply_add(logit, jnp.float32(scale), _along(log2(jnp.maximum(mass, 1e-30)), coded))
+    return jnp.where(_along(mass > 0, coded), logit, 2 * _LOWEST)
 
 
-def _fold(state: tuple, logit: jax.Array, values: tuple[list[jax.Array], tuple | None]) -> tuple:
+def _fold(state: tuple, logit: jax.Array, values: list[jax.Array], pair: tuple | None, coded: bool) -> tuple:
     """Takes one tile of P slots into the state of softmax.
 
-    logit: [P X]. values: as of `bare_rows`; those of slots without mass are finite.
+    logit: as of `_logits`. values, pair: as of `bare_rows`; those of slots without mass are finite.
     """
     top, total, shift, out = state
-    new = jnp.maximum(top, jnp.max(logit, axis=0))
-    p, old = exp2(logit - new[None, :]), exp2(top - new)
-    total = multiply_add(total, old[None, :], p)
-    values, pair = values
+    new = jnp.maximum(top, jnp.max(logit, axis=0 if coded else 1))
+    p, old = exp2(logit - _across(new, coded)), exp2(top - new)
+    total = multiply_add(total, old[None, :], p) if coded else total * old + jnp.sum(p, axis=1)
     if pair is not None:
-        scale, zero = pair
-        shift = multiply_add(shift, old[None, :], p * zero[:, None])
-        p = p * (_GAIN * scale)[:, None]
-    out = tuple(part * old[None, :] + _dot(value.T, p) for part, value in zip(out, values, strict=True))
+        scale, zero = (_along(x, coded) for x in pair)
+        shift = multiply_add(shift, old[None, :], p * zero)
+        p = p * (_GAIN * scale)
+    products = (_dot(value.T, p) if coded else _dot(p, value) for value in values)
+    out = tuple(part * _across(old, coded) + x for part, x in zip(out, products, strict=True))
     return new, total, shift, out
 
 
@@ -140,20 +151,20 @@ def attend(
     form: AttentionForm,
     factor: float,
 ) -> tuple:
-    """Returns the state of softmax over the tiles of all steps.
+    """Returns the largest logits, the sums of weights and those of values over the tiles of all steps.
 
     n_slots: of a step, P. load: gives the keys of a step and their masses [P]; and its values, given the
     masses. Rows are as of `load_rows`.
     """
-    load_keys, load_values = load
+    (load_keys, load_values), coded = load, has_codes(*stores)
 
     def weigh(keys, mass):
-        return _logits(q, decode_rows(stores[0], keys, None, q[0].dtype), mass, form, factor)
+        return _logits(q, decode_rows(stores[0], keys, None, q[0].dtype), mass, form, factor, coded)
 
     def add(state, logit, values, mass):
-        return _fold(state, logit, bare_rows(stores[1], values, mass > 0, q[0].dtype))
+        return _fold(state, logit, *bare_rows(stores[1], values, mass > 0, q[0].dtype), coded)
 
-    def use(i, state):
+    def at_once(i, state):
         keys, mass = load_keys(i)
         values = load_values(i, mass)
         return add(state, weigh(keys, mass), values, mass)
@@ -165,19 +176,24 @@ def attend(
         state = add(state, logit, values, mass)
         return state, keys, load_values(i + 1, after), after
 
-    start = _nothing(out_ref, n_slots)
-    if not any(isinstance(store, Codes) for store in stores):
-        state = jax.lax.fori_loop(0, n_steps, use, start)
-    else:
-        # The compiler itself loads rows ahead, but in the order of the matrix units, which for codes is
-        # byte by byte; what a loop carries it moves whole.
-        keys, mass = load_keys(0)
-        state = jax.lax.fori_loop(0, n_steps, ahead, (start, keys, load_values(0, mass), mass))[0]
-    top, total, shift, out = state
-    total, shift = jnp.sum(total, axis=0), jnp.sum(shift, axis=0)
+    start = _nothing(out_ref, n_slots, coded)
+    if not coded:
+        top, total, _, out = jax.lax.fori_loop(0, n_steps, at_once, start)
+        return top, total, out
+    # The compiler itself loads rows ahead, but in the order of the matrix units, which for codes is
+    # byte by byte; what a loop carries it moves whole.
+    keys, mass = load_keys(0)
+    carry = start, keys, load_values(0, mass), mass
+    (top, total, shift, out), *_ = jax.lax.fori_loop(0, n_steps, ahead, carry)
     if has_row_scales(stores[1]):
-        out = tuple(part / _GAIN + shift[None, :] for part in out)
-    return top, total, out
+        shift = jnp.sum(shift, axis=0)[None, :]
+        out = tuple(part / _GAIN + shift for part in out)
+    return top, jnp.sum(total, axis=0), out
+
+
+def has_codes(*stores: Any) -> bool:
+    """Returns whether any rows are codes: logits lie slots by queries then, see above."""
+    return any(isinstance(store, Codes) for store in stores)
 
 
 def needed(store: Any, alive: jax.Array) -> jax.Array | None:
@@ -185,23 +201,23 @@ def needed(store: Any, alive: jax.Array) -> jax.Array | None:
     return None if isinstance(store, Codes) else alive
 
 
-def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple) -> None:
+def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple, coded: bool) -> None:
     """Stores the state of one split in the refs of `part_shapes`."""
     out_ref, *rest = refs
     group, width = out_ref.shape[2:4]
     top, total, out = state
     if len(rest) == 1:
-        out = [part / jnp.where(total > 0, total, 1.0)[None, :] for part in out]
+        out = [part / _across(jnp.where(total > 0, total, 1.0), coded) for part in out]
         sums = (_log_sum(top, total),)
     else:
         sums = (top, total)
-    g, e = jnp.arange(_columns(group)), jnp.arange(lanes(width))
+    g, e = jnp.arange(top.size), jnp.arange(lanes(width))
     for ref, x in zip(rest, sums, strict=True):
         triton.store(ref.at[batch, item, g], x, mask=g < group)
-    mask = (e < width)[:, None] & (g < group)[None, :]
+    mask = _across(g < group, coded) & _along(e < width, coded)
+    g, e = _across(g, coded), _along(e, coded)
     for j, part in enumerate(out):
-        x = part.astype(out_ref.dtype)
-        triton.store(out_ref.at[batch, item, g[None, :], e[:, None], j], x, mask=mask)
+        triton.store(out_ref.at[batch, item, g, e, j], part.astype(out_ref.dtype), mask=mask)
 
 
 def _log_sum(top: jax.Array, total: jax.Array) -> jax.Array:
@@ -270,6 +286,7 @@ def _join(
 
 
 def _dot(a, b):
-    """Returns a·b in float32, of factors of a's type."""
-    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.dot(a, b.astype(a.dtype), precision=exact, preferred_element_type=jnp.float32)
+    """Returns a·b in float32, of factors of the narrower type, or of a's."""
+    dtype = min(a.dtype, b.dtype, key=lambda x: jnp.finfo(x).bits)
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return jnp.dot(a.astype(dtype), b.astype(dtype), precision=exact, preferred_element_type=jnp.float32)

@@ -2,8 +2,8 @@
 
 A file `<op>/tuned/<device>.json` holds rows of {"key": {...}, "settings": {...}}. Words of a key
 must match, and `head_dim` be as large, since tiles of larger heads may not fit; of the rows that
-remain, the one whose numbers are nearest, by their ratios, is taken. A GPU without a file takes that of
-another of the same chip, where `_CHIPS` names one.
+remain, the one whose numbers are nearest, by their ratios, is taken; of equal ones the device's own before
+those of others of the same chip, which `_CHIPS` names.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ __all__ = ["epoch", "force", "forget", "path", "settings", "watch"]
 
 Settings = TypeVar("Settings")
 
-_CHIPS = {r"NVIDIA G?H[12]00\b.*": "NVIDIA H100 80GB HBM3"}  # H200, H100 PCIe, GH200: other memory
+_CHIPS = {r"NVIDIA G?H[12]00\b.*": ("NVIDIA H100 80GB HBM3", "NVIDIA H200")}  # they differ in memory
 
 _forced = jax.make_user_context(default_value=None)
 
@@ -96,11 +96,9 @@ def forget() -> None:
 
 @functools.cache
 def _rows(op: str, device: str) -> list[Mapping[str, Any]]:
-    same_chip = [other for chip, other in _CHIPS.items() if re.fullmatch(chip, device)]
-    for stored in (path(op, name) for name in (device, *same_chip)):
-        if stored.exists():
-            return json.loads(stored.read_text(encoding="utf-8"))["rows"]
-    return []
+    same_chip = [name for chip, others in _CHIPS.items() if re.fullmatch(chip, device) for name in others]
+    files = [path(op, name) for name in dict.fromkeys((device, *same_chip))]
+    return [row for f in files if f.exists() for row in json.loads(f.read_text(encoding="utf-8"))["rows"]]
 
 
 def _matches(row: Mapping[str, Any], case: Mapping[str, Any]) -> bool:

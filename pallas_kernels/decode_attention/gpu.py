@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels import attention_gpu as shared
 from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, starts
-from pallas_kernels.backend import gpu_call, program_id, triton
+from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.rows_gpu import load_rows, store_kind
 
 __all__ = ["Settings", "run"]
@@ -52,12 +52,15 @@ def run(q, k, v, mass, length, pos, *, form: AttentionForm):
     block = max(chosen.block, unit)
     split = max(block, -(-batch * sum(form.slots) // chosen.programs // block) * block)
     items = _items(form.slots, split, unit)
+    warps = chosen.warps
+    if shared.has_codes(k, v):  # a warp has registers for the sums of eight queries, beside its codes
+        warps = max(warps, pl.next_power_of_2(group) // 8)
     parts = gpu_call(
         functools.partial(_split, form=form, block=block, unit=unit, factor=form.factor(size)),
         jnp.asarray(items), length, pos, shared.part_queries(q, k), k, v, mass,
         grid=(batch, len(items)),
         out_shape=shared.part_shapes(q, v, len(items)),
-        warps=chosen.warps, stages=chosen.stages, name="decode_attention",
+        warps=warps, stages=chosen.stages, name="decode_attention",
     )  # fmt: skip
     counts = np.bincount(items[:, 0], minlength=n_heads)
     out, lse = shared.join_splits(parts, counts, q, "decode_attention")
@@ -111,14 +114,14 @@ def _split(
     """Attends over one split of one head's slots."""
     batch, item = program_id(0), program_id(1)
     head, first, row, code_block = (items_ref[item, i] for i in range(4))
-    q = shared.load_queries(q_ref, batch, head)
+    coded = shared.has_codes(k_ref, v_ref)
+    q = shared.load_queries(q_ref, batch, head, coded)
     length = length_ref[batch, head]
     if form.holes:
         length = jnp.where(mass_ref[batch, items_ref[item, 5]] > 0, mass_ref.shape[1], length)
     if pos_ref is not None:
         length = jnp.where(pos_ref[batch] >= 0, length, 0)
     n = jnp.clip(length - first, 0, items_ref[item, 4])
-    coded = any(isinstance(store, Codes) for store in (k_ref, v_ref))
 
     def place(i):
         at = i * block + jnp.arange(block)
@@ -137,4 +140,4 @@ def _split(
     n_steps = (n + block - 1) // block
     load = load_keys, load_values
     state = shared.attend(n_steps, block, load, (k_ref, v_ref), q, out_refs[0], form, factor)
-    shared.store_split(state, batch, item, out_refs)
+    shared.store_split(state, batch, item, out_refs, coded)

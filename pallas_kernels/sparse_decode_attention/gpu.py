@@ -90,7 +90,8 @@ def _split(
     batch, head, item = program_id(0), program_id(1), program_id(2)
     first, size, *code_blocks = (heads_ref[head, i] for i in range(4))
     n_slots = idx_ref.shape[2] * block
-    q = shared.load_queries(q_ref, batch, head)
+    coded = shared.has_codes(k_ref, v_ref)
+    q = shared.load_queries(q_ref, batch, head, coded)
 
     def blocks(at):
         return triton.load(
@@ -127,4 +128,4 @@ def _split(
     load = load_keys, load_values
     state = shared.attend(n_steps, tile, load, (k_ref, v_ref), q, out_refs[0], form, factor)
     item = head * pl.num_programs(2) + item
-    shared.store_split(state, batch, item, out_refs)
+    shared.store_split(state, batch, item, out_refs, coded)

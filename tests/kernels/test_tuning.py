@@ -89,14 +89,15 @@ def test_settings_of_smaller_heads_are_not_taken(folder):
 def test_a_gpu_without_settings_takes_those_of_the_same_chip(folder):
     (folder / "op").mkdir()
 
-    def store(device: str, block: int) -> None:
+    def store(device: str, block: int, kind: str = "int8") -> None:
         path = folder / "op" / f"{device}.json"
-        path.write_text(json.dumps({"rows": [{"key": {"rows": 9}, "settings": {"block": block}}]}))
+        row = {"key": {"rows": 9, "kind": kind}, "settings": {"block": block}}
+        path.write_text(json.dumps({"rows": [row]}))
         tuning.forget()
 
-    def taken(device: str) -> int:
+    def taken(device: str, kind: str = "int8") -> int:
         with aim(Target("gpu", device, "forward")):
-            return tuning.settings("op", gpu.Settings(), rows=9).block
+            return tuning.settings("op", gpu.Settings(), rows=9, kind=kind).block
 
     store("NVIDIA H100 80GB HBM3", 7)
     like = ("NVIDIA H200", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe")
@@ -105,6 +106,10 @@ def test_a_gpu_without_settings_takes_those_of_the_same_chip(folder):
     assert [taken(device) for device in others] == [gpu.Settings().block] * 3
     store("NVIDIA H200", 5)
     assert taken("NVIDIA H200") == 5
+    assert taken("NVIDIA H100 80GB HBM3") == 7
+    store("NVIDIA H200", 5, "int4")  # a file of its own does not hide what only the others have
+    assert taken("NVIDIA H200") == 7
+    assert taken("NVIDIA H100 80GB HBM3", "int4") == taken("NVIDIA GH200 480GB", "int4") == 5
 
 
 def test_where_there_is_nothing_to_tune_on_it_says_so(capsys):

@@ -42,6 +42,12 @@ def test_a_claim_is_the_worst_of_its_rows():
     assert found["chunked_similarity.vs_read_k"] == 10.0
 
 
+def test_a_peer_is_asked_only_what_it_takes():
+    for slots, names in ((6553, ["cudnn"]), (4096, ["cudnn", "jax_op"])):
+        spec = DecodeSpec(8, 4, 128, (slots,) * 8, full=True)
+        assert [peer.name for peer in kernel_peers.PEERS["decode_attention"](OP, spec)] == names
+
+
 def test_a_case_is_timed_against_its_peers_and_checked(monkeypatch):
     spec = DecodeSpec(1, 4, 64, (64, 64), "float32", full=True, uses=("bench",))
     monkeypatch.setattr(timing, "_BEYOND_CACHE", 2**16)
