@@ -59,12 +59,12 @@ def _chelsea_long() -> str:
     return "\n".join(lines) + below(stored, path)
 
 
-def _chelsea_speed(options: str, part: str = "decode") -> str:
+def _chelsea_speed(options: str, device: str) -> str:
     """Returns the decode steps: times, what the bytes allow, and the share of clustering.
 
-    options: what the command begins with. part: one that was run.
+    options: what the command begins with. device: what its name begins with.
     """
-    stored, path = results.newest("chelsea", f" speed {options}", "chelsea_speed", part=part)
+    stored, path = results.newest("chelsea", f" speed {options}", "chelsea_speed", part="line", device=device)
     lines = [
         "| rows x tokens | budgets | step, µs | of the limit | clustering | times as fast | bytes allow |",
         "|---|---|---|---|---|---|---|",
@@ -258,7 +258,8 @@ CHELSEA: Mapping[str, Callable[[], str]] = {
     "recent with a table": functools.partial(_chelsea_quality, f"{PROSE} --docs 4"),
     "recent of Gemma": functools.partial(_chelsea_sweep, "--model gemma3-270m"),
     "long": _chelsea_long,
-    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "line"),
+    "speed": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "NVIDIA H100"),
+    "speed of an H200": functools.partial(_chelsea_speed, "--cases llama-3.1-8b", "NVIDIA H200"),
     "requests": _chelsea_requests,
 }
 A2ATS: Mapping[str, Callable[[], str]] = {

@@ -7,16 +7,17 @@ __all__ = ["table"]
 
 _SHARE, _HOST = f"quality {PROSE} --keeps 0.2 0.25", "speed --bits 8 --topk 0.015 --hit-rate 0.94"
 _ALONE = "speed --pattern experiments/results/chess_quality/cpu-2026-11-26.json --samples"
-# System, what (x: how many times as fast), how it is written, what was wanted, command, claim.
+_H100 = "NVIDIA H100"
+# System, what (x: how many times as fast), how it is written, what was wanted, command, claim, maybe device.
 _FIGURES = (
     ("chelsea", "KL to the full cache, a fifth of the slots, refined budgets, SmolLM2", ".4f", "0.030",
      _SHARE, "smollm2.chelsea_refined.kl@0.2"),
     ("chelsea", "that of H2O with budgets refined like them", ".4f", "",
      _SHARE, "smollm2.h2o_refined.kl@0.2"),
     ("chelsea", "decode step, 1.5B shape, 64 rows of 32,768 tokens, a fifth kept", "x", "3.19x",
-     "speed --cases", "chelsea.decode_speedup_qwen_b64_32k"),
+     "speed --cases", "chelsea.decode_speedup_qwen_b64_32k", _H100),
     ("chelsea", "clustering a prompt of 32,768 tokens, of its prefill", ".1%", "2%",
-     "speed --cases", "chelsea.cluster_share_of_prefill"),
+     "speed --cases", "chelsea.cluster_share_of_prefill", _H100),
     ("chelsea", "a prompt of 32,768 tokens and 1,024 after it", "x", "2.72x",
      "speed --prompt-rows 2", "chelsea.end_to_end_speedup"),
     ("a2ats", "tokens a second, 131,072 of context on the host, all rows that fit", "x", "2.70x",
@@ -38,14 +39,14 @@ _NAMES = {"chelsea": "Chelsea", "a2ats": "A²ATS", "leoam": "LeoAM", "chess": "C
 
 
 def table() -> str:
-    """Returns a line for each figure, of the newest run that has it."""
+    """Returns a line for each figure, of the newest run that has it, on a device if one is named."""
     lines = [
         "| system | what (x: times as fast as the full cache, or as is said) | measured | wanted | stored |",
         "|---|---|---|---|---|",
     ]
-    for name, words, how, wanted, command, claim in _FIGURES:
+    for name, words, how, wanted, command, claim, *device in _FIGURES:
         folder = f"{name}_{command.split()[0]}"
-        stored, path = results.newest(name, f" {command}", folder, claim=claim)
+        stored, path = results.newest(name, f" {command}", folder, None, False, claim, *device)
         value = stored["claims"][claim]
         figure = f"{value:.2f}x" if how == "x" else f"{value:{how}}"
         page = f"[{_NAMES[name]}](docs/methods/{name}.md)"

@@ -134,6 +134,7 @@ def newest(
     part: str | None = None,
     whole: bool = False,
     claim: str | None = None,
+    device: str = "",
 ) -> tuple[dict, str]:
     """Returns the newest stored run of an experiment, and its path in the repository.
 
@@ -143,6 +144,7 @@ def newest(
         part: what it has rows of, where its rows say which part they are.
         whole: the command has no other options.
         claim: a figure that it has.
+        device: what its device's name begins with.
     """
     command = f"python -m experiments.{experiment}{options}"
     found = [(load(path), path) for path in (FOLDER / (folder or experiment)).glob("*.json")]
@@ -152,6 +154,7 @@ def newest(
         if (run["command"] == command if whole else run["command"].startswith(command))
         and (part is None or any(row["part"] == part for row in run["rows"]))
         and (claim is None or claim in run["claims"])
+        and run["device"].startswith(device)
     ]
     stored, path = max(fits, key=lambda pair: pair[0]["date"])
     return stored, path.relative_to(provenance.ROOT).as_posix()

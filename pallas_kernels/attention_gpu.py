@@ -17,7 +17,7 @@ import numpy as np
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.instructions import exp2, log2, multiply_add
-from pallas_kernels.rows_gpu import bare_rows, decode_rows, has_row_scales, lanes, n_parts
+from pallas_kernels.rows_gpu import bare_rows, decode_rows, gain, has_row_scales, lanes, n_parts
 
 __all__ = [
     "attend",
@@ -33,7 +33,6 @@ __all__ = [
 _LOWEST = -1e30  # below every logit, and finite: differences of two stay numbers
 _LOG2E = 1.4426950408889634
 _FEW = 264  # programs: twice the multiprocessors of an H100
-_GAIN = 128.0  # weights with a scale of codes in them are so much larger: float16 ends at 6e-8
 
 
 def check(q: Any, k: Any, v: Any) -> None:
@@ -135,7 +134,7 @@ def _fold(state: tuple, logit: jax.Array, values: list[jax.Array], pair: tuple |
     if pair is not None:
         scale, zero = (_along(x, coded) for x in pair)
         shift = multiply_add(shift, old[None, :], p * zero)
-        p = p * (_GAIN * scale)
+        p = p * scale
     products = (_dot(value.T, p) if coded else _dot(p, value) for value in values)
     out = tuple(part * _across(old, coded) + x for part, x in zip(out, products, strict=True))
     return new, total, shift, out
@@ -187,7 +186,7 @@ def attend(
     (top, total, shift, out), *_ = jax.lax.fori_loop(0, n_steps, ahead, carry)
     if has_row_scales(stores[1]):
         shift = jnp.sum(shift, axis=0)[None, :]
-        out = tuple(part / _GAIN + shift for part in out)
+        out = tuple(part / gain(stores[1]) + shift for part in out)
     return top, jnp.sum(total, axis=0), out
 
 

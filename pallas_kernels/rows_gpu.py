@@ -17,6 +17,7 @@ from pallas_kernels.instructions import assemble
 __all__ = [
     "bare_rows",
     "decode_rows",
+    "gain",
     "has_row_scales",
     "lanes",
     "load_halves",
@@ -102,14 +103,22 @@ def bare_rows(
 ) -> tuple[list[jax.Array], tuple | None]:
     """Returns the parts of rows as `decode_rows` does; of codes with a scale per row the codes alone.
 
-    Their scales and zeros [P] come second, zeros of those not alive; None for other rows.
+    Their scales, `gain` times as large, and zeros [P] come second, 0 of those not alive; None for other rows.
     """
     if not has_row_scales(store):
         return decode_rows(store, loaded, alive, dtype), None
     x, *pair = loaded
     parts = [_bare(x, store.bits, i, _decoded(dtype)) for i in range(n_parts(store))]
-    pair = [jnp.where(alive, y.reshape(-1).astype(jnp.float32), 0.0) for y in pair]
-    return [part.reshape(-1, part.shape[-1]) for part in parts], tuple(pair)
+    scale, zero = (jnp.where(alive, y.reshape(-1).astype(jnp.float32), 0.0) for y in pair)
+    return [part.reshape(-1, part.shape[-1]) for part in parts], (scale * gain(store), zero)
+
+
+def gain(store: Codes) -> float:
+    """Returns what scales are multiplied by: small weights times scales stay above float16's least.
+
+    Those of rows up to 65,504 stay below its largest: a scale is a range over the largest code.
+    """
+    return 2.0 ** (store.bits - 2)
 
 
 def _decoded(dtype: Any) -> Any:
@@ -126,15 +135,13 @@ def decode_rows(store: Any, loaded: tuple, alive: jax.Array | None, dtype: Any) 
         return list(loaded)
     dtype = _decoded(dtype)
     x, scale, zero = loaded
-    alive = None if alive is None else alive.reshape(x.shape[:2])
     if store.block is None:
-        zeroed = lambda y: y if alive is None else jnp.where(alive, y, jnp.zeros_like(y))  # noqa: E731
-        scales, zeros = ([zeroed(y).astype(dtype)[:, :, None]] * n_parts(store) for y in (scale, zero))
+        scales, zeros = ([y.astype(dtype)[:, :, None]] * n_parts(store) for y in (scale, zero))
     else:
         scales, zeros = (_split_parts(y, dtype) for y in (scale, zero))
     parts = [_decode(x, store.bits, i, *y) for i, y in enumerate(zip(scales, zeros, strict=True))]
-    if store.block is not None and alive is not None:
-        parts = [jnp.where(alive[:, :, None], part, 0) for part in parts]
+    if alive is not None:
+        parts = [jnp.where(alive.reshape(x.shape[:2])[:, :, None], part, 0) for part in parts]
     return [part.reshape(-1, part.shape[-1]) for part in parts]
 
 

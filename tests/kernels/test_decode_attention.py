@@ -206,6 +206,19 @@ def test_tpu_kernel_reads_no_block_beyond_the_live_ones(monkeypatch):
     ]
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1.6e4])
+def test_gpu_kernel_of_codes_takes_values_of_any_size(size, bits):
+    slots = (512,)
+    q, k, v, mass, length = inputs(slots, batch=1, group=3, dtype="bfloat16")
+    k, v = (jnp.where(jnp.isnan(x), 0, x) for x in (k, v))
+    store = quantize((v * size).astype(v.dtype), bits, slots, None)  # rows up to 65,504 fit float16
+    args = q, quantize(k, bits, slots, 32), store, mass, length
+    form = AttentionForm(slots)
+    expected, out = (attend(p, *args, form=form).astype(jnp.float32) for p in ("cpu", "gpu"))
+    assert tolerance.error(out, expected) < tolerance.limit("bfloat16", 512)
+
+
 @pytest.mark.parametrize("block", [32, 128])
 def test_gpu_kernel_over_several_splits(block):
     arrays, form = inputs((7, 320, 40, 1)), AttentionForm((7, 320, 40, 1), lse=True)

@@ -93,6 +93,11 @@ def test_cases_are_checked_by_interpreting(capsys):
     assert "b1-f2100-m1160-z70-bfloat16" in capsys.readouterr().out
 
 
+def test_the_interpreter_of_tpus_has_one_case_at_a_time(capsys):
+    assert kernels.main(["--ops", "decode_attention", "--interpret", "tpu", "--cases", "int[48]"]) == 0
+    assert capsys.readouterr().out.count("-int") == 4
+
+
 def test_kernels_are_checked_on_the_device_at_hand(capsys, monkeypatch, tmp_path):
     wrong = type(OP)(lambda q, impl, **_: jnp.zeros_like(q) if impl != "reference" else q, OP.specs[:1])
     monkeypatch.setattr(kernels, "ops", lambda: {"decode_attention": wrong, "spvmm": ops()["spvmm"]})
