@@ -39,10 +39,12 @@ def run(q, k, v, mass, length, pos, *, form: AttentionForm):
     """
     batch, n_heads, group, size = q.shape
     _check(q, k, v)
+    coded = shared.has_codes(k, v)
     wide = q.dtype.itemsize * size > 512  # bytes of a row: three tiles of 64 such rows are too much for an L4
+    small = Settings(block=32, warps=1, stages=2) if coded else Settings(block=32, stages=2)
     chosen = tuning.settings(
         "decode_attention",
-        Settings(block=32, stages=2) if wide else Settings(),
+        small if coded or wide else Settings(),
         dtype=store_kind(k),
         head_dim=size,
         group=group,
@@ -52,9 +54,7 @@ def run(q, k, v, mass, length, pos, *, form: AttentionForm):
     block = max(chosen.block, unit)
     split = max(block, -(-batch * sum(form.slots) // chosen.programs // block) * block)
     items = _items(form.slots, split, unit)
-    warps = chosen.warps
-    if shared.has_codes(k, v):  # a warp has registers for the sums of eight queries, beside its codes
-        warps = max(warps, pl.next_power_of_2(group) // 8)
+    warps = max(chosen.warps, _least_warps(block, q) if coded else 1)
     parts = gpu_call(
         functools.partial(_split, form=form, block=block, unit=unit, factor=form.factor(size)),
         jnp.asarray(items), length, pos, shared.part_queries(q, k), k, v, mass,
@@ -65,6 +65,16 @@ def run(q, k, v, mass, length, pos, *, form: AttentionForm):
     counts = np.bincount(items[:, 0], minlength=n_heads)
     out, lse = shared.join_splits(parts, counts, q, "decode_attention")
     return (out, lse) if form.lse else out
+
+
+def _least_warps(block: int, q: Any) -> int:
+    """Returns how many warps have the registers for a tile of codes.
+
+    One has those for 32 rows of 128 channels in 16 bits, and for the sums of eight queries.
+    """
+    _, _, group, size = q.shape
+    tile_bytes = block * pl.next_power_of_2(size) * q.dtype.itemsize
+    return max(tile_bytes // 2**13, pl.next_power_of_2(group) // 8)
 
 
 def _check(q, k, v) -> None:
