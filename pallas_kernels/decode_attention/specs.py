@@ -106,7 +106,7 @@ SPECS = (
     ),
     DecodeSpec(8, 4, 128, _RAGGED, **_TIMED),
     DecodeSpec(8, 4, 128, (6553,) * 8, **_TIMED),  # a fifth of 32,768
-    DecodeSpec(64, 6, 128, (6553,) * 2, **_TIMED),
+    DecodeSpec(64, 6, 128, (6552,) * 2, **_TIMED),
 )
 
 
