@@ -46,7 +46,7 @@ def table() -> str:
     ]
     for name, words, how, wanted, command, claim, *device in _FIGURES:
         folder = f"{name}_{command.split()[0]}"
-        stored, path = results.newest(name, f" {command}", folder, None, False, claim, *device)
+        stored, path = results.newest(name, f" {command}", folder, claim=claim, device="".join(device))
         value = stored["claims"][claim]
         figure = f"{value:.2f}x" if how == "x" else f"{value:{how}}"
         page = f"[{_NAMES[name]}](docs/methods/{name}.md)"

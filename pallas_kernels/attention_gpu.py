@@ -102,19 +102,24 @@ def _nothing(out_ref: Any, n_slots: int, coded: bool) -> tuple:
     tiles, since warps meet for a sum over all; and the parts [E2 X].
     """
     group, width, parts = out_ref.shape[2:]
-    columns, width = _padded(group, coded), lanes(width)
-    shape = (width, columns) if coded else (columns, width)
-    none = jnp.zeros((n_slots, columns) if coded else (columns,), jnp.float32)
+    queries, width = _padded(group, coded), lanes(width)
+    shape = (width, queries) if coded else (queries, width)
+    none = jnp.zeros((n_slots, queries) if coded else (queries,), jnp.float32)
     out = tuple(jnp.zeros(shape, jnp.float32) for _ in range(parts))
-    return jnp.full((columns,), _LOWEST, jnp.float32), none, none, out
+    return jnp.full((queries,), _LOWEST, jnp.float32), none, none, out
 
 
 def _logits(
-    q: list[jax.Array], keys: list[jax.Array], mass: jax.Array, form: AttentionForm, scale: float, coded: bool
+    q: list[jax.Array],
+    keys: list[jax.Array],
+    mass: jax.Array,
+    form: AttentionForm,
+    factor: float,
+    coded: bool,
 ) -> jax.Array:
     """Returns the logits of one tile, [X P], or of codes [P X], from the parts of the keys [P E2]."""
     logit = sum(_dot(key, part) if coded else _dot(part, key.T) for part, key in zip(q, keys, strict=True))
-    scale = scale * _LOG2E
+    scale = factor * _LOG2E
     if form.softcap is not None:  # tanh(x) = 1 - 2/(1 + exp 2x)
         logit = 1 - 2 / (1 + exp2(logit * (2 * scale / form.softcap)))
         scale = form.softcap * _LOG2E
@@ -163,31 +168,39 @@ def attend(
     def add(state, logit, values, mass):
         return _fold(state, logit, *bare_rows(stores[1], values, mass > 0, q[0].dtype), coded)
 
-    def at_once(i, state):
+    def step(i, state):
         keys, mass = load_keys(i)
         values = load_values(i, mass)
         return add(state, weigh(keys, mass), values, mass)
 
-    def ahead(i, carry):  # uses what the step before loaded, and loads for the next one in its place
+    start = _nothing(out_ref, n_slots, coded)
+    if not coded:
+        top, total, _, out = jax.lax.fori_loop(0, n_steps, step, start)
+        return top, total, out
+    top, total, shift, out = _run_ahead(n_steps, load, weigh, add, start)
+    if has_row_scales(stores[1]):
+        shift = jnp.sum(shift, axis=0)[None, :]
+        out = tuple(part / gain(stores[1]) + shift for part in out)
+    return top, jnp.sum(total, axis=0), out
+
+
+def _run_ahead(n_steps: jax.Array, load: tuple, weigh: Callable, add: Callable, start: tuple) -> tuple:
+    """Takes all steps, each of which loads for the next one in the place of what it has used.
+
+    The compiler itself loads rows ahead, but in the order of the matrix units, which for codes is byte by
+    byte; what a loop carries it moves whole.
+    """
+    load_keys, load_values = load
+
+    def step(i, carry):
         state, keys, values, mass = carry
         logit = weigh(keys, mass)
         keys, after = load_keys(i + 1)
         state = add(state, logit, values, mass)
         return state, keys, load_values(i + 1, after), after
 
-    start = _nothing(out_ref, n_slots, coded)
-    if not coded:
-        top, total, _, out = jax.lax.fori_loop(0, n_steps, at_once, start)
-        return top, total, out
-    # The compiler itself loads rows ahead, but in the order of the matrix units, which for codes is
-    # byte by byte; what a loop carries it moves whole.
     keys, mass = load_keys(0)
-    carry = start, keys, load_values(0, mass), mass
-    (top, total, shift, out), *_ = jax.lax.fori_loop(0, n_steps, ahead, carry)
-    if has_row_scales(stores[1]):
-        shift = jnp.sum(shift, axis=0)[None, :]
-        out = tuple(part / gain(stores[1]) + shift for part in out)
-    return top, jnp.sum(total, axis=0), out
+    return jax.lax.fori_loop(0, n_steps, step, (start, keys, load_values(0, mass), mass))[0]
 
 
 def has_codes(*stores: Any) -> bool:
@@ -257,10 +270,10 @@ def _join(
 ):
     """Joins the splits of some columns of one query head."""
     group, size = out_ref.shape[2:]
-    batch, head, g, first_column = program_id(0), program_id(1), program_id(2) % group, program_id(2) // group
+    batch, head, g, tile = program_id(0), program_id(1), program_id(2) % group, program_id(2) // group
     first, n = spans_ref[head, 0], spans_ref[head, 1]
     step_size = min(64 if columns > 32 else 128, lanes(n_most))
-    item, d = jnp.arange(lanes(n_most)), first_column * columns + jnp.arange(lanes(columns))
+    item, d = jnp.arange(lanes(n_most)), tile * columns + jnp.arange(lanes(columns))
     top = triton.load(top_ref.at[batch, first + item, g], mask=item < n, other=_LOWEST)
     most = jnp.max(top, axis=0)
     weight = jnp.exp2(top - most)
@@ -279,7 +292,7 @@ def _join(
     out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
     triton.store(out_ref.at[batch, head, g, d], out.astype(out_ref.dtype), mask=d < size)
 
-    @pl.when(first_column == 0)
+    @pl.when(tile == 0)
     def _sum():
         lse_ref[batch, head, g] = _log_sum(most, total)
 
