@@ -1,4 +1,4 @@
-"""What the attention kernels in Pallas Triton share: queries, online softmax, the join of splits.
+"""What the attention kernels in Pallas Triton share: queries and online softmax; `splits_gpu` joins.
 
 Logits are in base 2. Of codes they lie slots by queries, [P X], since the matrix units take 16 rows and 8
 columns: half of the padding of few queries, of the products and of the registers, which decoding needs. Of
@@ -6,33 +6,27 @@ plain rows, where memory binds, queries by slots. Arrays in Triton have sizes of
 pads the channels. Queries and sums have the parts of the rows, see `rows_gpu`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from pallas_kernels.attention import AttentionForm, Codes, starts
-from pallas_kernels.backend import gpu_call, pl, program_id, triton
+from pallas_kernels.attention import AttentionForm, Codes
+from pallas_kernels.backend import pl, triton
 from pallas_kernels.instructions import exp2, log2, multiply_add
 from pallas_kernels.rows_gpu import bare_rows, decode_rows, gain, has_row_scales, lanes, n_parts
+from pallas_kernels.splits_gpu import LOG2E, LOWEST, log_sum
 
 __all__ = [
     "attend",
     "check",
-    "join_splits",
     "load_queries",
     "needed",
     "part_queries",
     "part_shapes",
     "store_split",
 ]
-
-_LOWEST = -1e30  # below every logit, and finite: differences of two stay numbers
-_LOG2E = 1.4426950408889634
-_FEW = 264  # programs: twice the multiprocessors of an H100
 
 
 def check(q: Any, k: Any, v: Any) -> None:
@@ -106,7 +100,7 @@ def _nothing(out_ref: Any, n_slots: int, coded: bool) -> tuple:
     shape = (width, queries) if coded else (queries, width)
     none = jnp.zeros((n_slots, queries) if coded else (queries,), jnp.float32)
     out = tuple(jnp.zeros(shape, jnp.float32) for _ in range(parts))
-    return jnp.full((queries,), _LOWEST, jnp.float32), none, none, out
+    return jnp.full((queries,), LOWEST, jnp.float32), none, none, out
 
 
 def _logits(
@@ -119,12 +113,12 @@ def _logits(
 ) -> jax.Array:
     """Returns the logits of one tile, [X P], or of codes [P X], from the parts of the keys [P E2]."""
     logit = sum(_dot(key, part) if coded else _dot(part, key.T) for part, key in zip(q, keys, strict=True))
-    scale = factor * _LOG2E
+    scale = factor * LOG2E
     if form.softcap is not None:  # tanh(x) = 1 - 2/(1 + exp 2x)
         logit = 1 - 2 / (1 + exp2(logit * (2 * scale / form.softcap)))
-        scale = form.softcap * _LOG2E
+        scale = form.softcap * LOG2E
     logit = multiply_add(logit, jnp.float32(scale), _along(log2(jnp.maximum(mass, 1e-30)), coded))
-    return jnp.where(_along(mass > 0, coded), logit, 2 * _LOWEST)
+    return jnp.where(_along(mass > 0, coded), logit, 2 * LOWEST)
 
 
 def _fold(state: tuple, logit: jax.Array, values: list[jax.Array], pair: tuple | None, coded: bool) -> tuple:
@@ -220,7 +214,7 @@ def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple, co
     top, total, out = state
     if len(rest) == 1:
         out = [part / _across(jnp.where(total > 0, total, 1.0), coded) for part in out]
-        sums = (_log_sum(top, total),)
+        sums = (log_sum(top, total),)
     else:
         sums = (top, total)
     g, e = jnp.arange(top.size), jnp.arange(lanes(width))
@@ -230,71 +224,6 @@ def store_split(state: tuple, batch: jax.Array, item: jax.Array, refs: tuple, co
     g, e = _across(g, coded), _along(e, coded)
     for j, part in enumerate(out):
         triton.store(out_ref.at[batch, item, g, e, j], part.astype(out_ref.dtype), mask=mask)
-
-
-def _log_sum(top: jax.Array, total: jax.Array) -> jax.Array:
-    """Returns the natural log-sum-exp of logits in base 2."""
-    return jnp.where(total > 0, (top + jnp.log2(jnp.maximum(total, 1e-30))) / _LOG2E, -jnp.inf)
-
-
-def join_splits(parts: tuple, counts: np.ndarray, q: Any, name: str) -> tuple[jax.Array, jax.Array]:
-    """Returns the output [B K G D], of q's type, and the natural log-sum-exp [B K G].
-
-    parts: what the splits stored. counts: [K] splits of each head, which lie one after the other.
-    """
-    if len(parts) == 2:
-        return parts[0].reshape(q.shape), parts[1]
-    out, top, total = parts
-    (batch, n_heads, group, size), n_most = q.shape, int(counts.max())
-    spans = np.stack([starts(tuple(counts.tolist()))[:-1], counts], axis=1).astype(np.int32)
-    columns = 32 if batch * n_heads * group < _FEW else size
-    return gpu_call(
-        functools.partial(_join, n_most=n_most, columns=columns),
-        jnp.asarray(spans), out.reshape(*top.shape, size), top, total,
-        grid=(batch, n_heads, group * pl.cdiv(size, columns)),
-        out_shape=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
-        warps=4, stages=1, name=f"{name}_join",
-    )  # fmt: skip
-
-
-def _join(
-    spans_ref,  # [K 2] first item of the head, number of items
-    part_ref,  # [B I G D] sums of weighted values
-    top_ref,  # [B I G]
-    total_ref,  # [B I G]
-    out_ref,  # [B K G D]
-    lse_ref,  # [B K G]
-    *,
-    n_most: int,
-    columns: int,
-):
-    """Joins the splits of some columns of one query head."""
-    group, size = out_ref.shape[2:]
-    batch, head, g, tile = program_id(0), program_id(1), program_id(2) % group, program_id(2) // group
-    first, n = spans_ref[head, 0], spans_ref[head, 1]
-    step_size = min(64 if columns > 32 else 128, lanes(n_most))
-    item, d = jnp.arange(lanes(n_most)), tile * columns + jnp.arange(lanes(columns))
-    top = triton.load(top_ref.at[batch, first + item, g], mask=item < n, other=_LOWEST)
-    most = jnp.max(top, axis=0)
-    weight = jnp.exp2(top - most)
-    total = jnp.sum(
-        weight * triton.load(total_ref.at[batch, first + item, g], mask=item < n, other=0.0), axis=0
-    )
-
-    def step(i, out):
-        at = i * step_size + jnp.arange(step_size)
-        top = triton.load(top_ref.at[batch, first + at, g], mask=at < n, other=_LOWEST)
-        mask = (at < n)[:, None] & (d < size)[None, :]
-        part = triton.load(part_ref.at[batch, (first + at)[:, None], g, d[None, :]], mask=mask, other=0.0)
-        return out + jnp.sum(jnp.exp2(top - most)[:, None] * part, axis=0)
-
-    out = jax.lax.fori_loop(0, (n + step_size - 1) // step_size, step, jnp.zeros((d.size,), jnp.float32))
-    out = jnp.where(total > 0, out / jnp.where(total > 0, total, 1.0), 0.0)
-    triton.store(out_ref.at[batch, head, g, d], out.astype(out_ref.dtype), mask=d < size)
-
-    @pl.when(tile == 0)
-    def _sum():
-        lse_ref[batch, head, g] = _log_sum(most, total)
 
 
 def _dot(a, b):

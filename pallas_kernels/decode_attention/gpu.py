@@ -17,6 +17,7 @@ from pallas_kernels import tuning
 from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.rows_gpu import load_rows, store_kind
+from pallas_kernels.splits_gpu import join_splits
 
 __all__ = ["Settings", "run"]
 
@@ -63,7 +64,7 @@ def run(q, k, v, mass, length, pos, *, form: AttentionForm):
         warps=warps, stages=chosen.stages, name="decode_attention",
     )  # fmt: skip
     counts = np.bincount(items[:, 0], minlength=n_heads)
-    out, lse = shared.join_splits(parts, counts, q, "decode_attention")
+    out, lse = join_splits(parts, counts, q, "decode_attention")
     return (out, lse) if form.lse else out
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.attention import AttentionForm, Codes, starts
 from pallas_kernels.backend import gpu_call, pl, program_id, triton
 from pallas_kernels.host import on_host
 from pallas_kernels.rows_gpu import load_rows, store_kind
+from pallas_kernels.splits_gpu import join_splits
 
 __all__ = ["Settings", "run"]
 
@@ -68,7 +69,7 @@ def run(q, k, v, mass, idx, *, form: AttentionForm, block: int):
         out_shape=shared.part_shapes(q, v, n_heads * n_splits),
         warps=chosen.warps, stages=chosen.stages, name="sparse_decode_attention",
     )  # fmt: skip
-    out, lse = shared.join_splits(parts, np.full(n_heads, n_splits), q, "sparse_decode_attention")
+    out, lse = join_splits(parts, np.full(n_heads, n_splits), q, "sparse_decode_attention")
     return (out, lse) if form.lse else out
 
 
