@@ -42,6 +42,7 @@ WAYS: Mapping[str, Way] = {
     "leaf 8, 1 point, 8 bits": Way(Shape(8, None, 1, "mean"), bits=8),
     "leaf 8, 1 point, 4 bits": Way(Shape(8, None, 1, "mean"), bits=4),
     "leaf 4, 1 point, 4 bits": Way(Shape(4, None, 1, "mean"), bits=4),
+    "leaf 32, 1 point": Way(Shape(32, None, 1, "mean")),
     "leaf 32, 4 points": Way(Shape(32, None, 4, "mean")),
     "1 middle": Way(Shape(16, None, 1, "middle")),
     "leaf 8, 1 middle": Way(Shape(8, None, 1, "middle")),
