@@ -4,6 +4,7 @@
     prefetch    the same; threads read each other layer's rows from the disk while the one before computes
     fixed       LeoAM with leaves as large as chunks of the disk, known by boxes, and nothing read ahead
     fixed-host  as fixed, the abstracts on the host
+    fixed-equal as fixed, of as many tokens as catch the attention that leoam's catch (`equal`)
     leoam       leaves of 32, known by their means, and what the next layer may ask for read ahead
     leoam4      the same, a share of the chunks in 4 bits
     leoam-host  as leoam, the abstracts on the host as well
@@ -55,6 +56,7 @@ class Speed:
         cases: contexts.
         names: what to time in each, the full cache first.
         topk: share of the tokens that a step chooses.
+        equal: share that chunks of a fixed size need for the same attention; see `leoam recall`.
         overlap: share of a step's chunks that the step before chose too, on real models; a row has its own.
         device_gb: of K, V and abstracts on the device, in 10^9 bytes.
         host_gb: of K and V on the host.
@@ -70,6 +72,7 @@ class Speed:
     cases: tuple[str, ...] = (*(f"llama-3.1-8b:{b}x32768" for b in (1, 4, 8)), "longchat-7b:1x32768")
     names: tuple[str, ...] = ("full", "prefetch", "fixed", "leoam", "leoam4", "leoam-host")
     topk: float = 0.035
+    equal: float = 0.07
     overlap: float = 0.55
     device_gb: float = 2.0
     host_gb: float = 8.0
@@ -173,8 +176,9 @@ def _method(settings: Speed, case: Case, name: str) -> CacheMethod:
 
 
 def _leoam(settings: Speed, case: Case, *, leaf: int = 32, known_by: str = "mean", **more: Any) -> LeoAM:
+    share = more.pop("share", settings.topk)
     return LeoAM(
-        topk=int(settings.topk * case.tokens), leaf=leaf, root=None, known_by=known_by,
+        topk=int(share * case.tokens), leaf=leaf, root=None, known_by=known_by,
         chunk=settings.chunk, disk=str(settings.disk), device_budget=int(settings.device_gb * 1e9),
         host_budget=int(settings.host_gb * 1e9), **more,
     )  # fmt: skip
@@ -182,6 +186,10 @@ def _leoam(settings: Speed, case: Case, *, leaf: int = 32, known_by: str = "mean
 
 def _fixed(settings: Speed, case: Case, **more: Any) -> LeoAM:
     return _leoam(settings, case, leaf=settings.chunk, known_by="box", ahead=False, **more)
+
+
+def _fixed_equal(settings: Speed, case: Case) -> LeoAM:
+    return _fixed(settings, case, share=settings.equal)
 
 
 def _streamed(settings: Speed, case: Case, *, ahead: bool) -> Streamed:
@@ -196,6 +204,7 @@ _NAMES = {
     "prefetch": functools.partial(_streamed, ahead=True),
     "fixed": _fixed,
     "fixed-host": functools.partial(_fixed, abstracts="host"),
+    "fixed-equal": _fixed_equal,
     "leoam": _leoam,
     "leoam4": functools.partial(_leoam, int4=True),
     "leoam-host": functools.partial(_leoam, abstracts="host"),
@@ -228,6 +237,7 @@ def _timed(settings: Speed, case: Case, name: str, model: Model, seen: int) -> d
     return {
         "step_us": step,
         "samples_us": times[warm:],
+        "chosen": method.topk if isinstance(method, LeoAM) else case.tokens,
         "tau": tau,
         "overlap": overlap,
         "state_bytes": measure.nbytes(state),

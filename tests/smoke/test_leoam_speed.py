@@ -48,9 +48,19 @@ def test_the_same_command_goes_on_from_its_rows(measured, monkeypatch, capsys):
     assert "found on the device" in capsys.readouterr().out
 
 
+def test_chunks_of_a_fixed_size_may_be_as_many_as_catch_the_same_attention(tmp_path):
+    names = ("fixed", "fixed-equal")
+    settings = dataclasses.replace(TINY, names=names, out=tmp_path / "out", disk=tmp_path / "disk", equal=0.3)
+    assert speed(settings) == 0
+    (path,) = (settings.out / "leoam_speed").glob("*.json")
+    rows = {row["name"]: row for row in results.load(path)["rows"] if row["part"] == "decode"}
+    assert [rows[name]["chosen"] for name in names] == [int(0.1 * 2048), int(0.3 * 2048)]
+    assert rows["fixed"]["disk_bytes"] < rows["fixed-equal"]["disk_bytes"]
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(
-        ValueError, match=r"a name is one of full, prefetch, fixed, fixed-host, leoam.*got fuller"
+        ValueError, match=r"one of full, prefetch, fixed, fixed-host, fixed-equal, leoam.*got fuller"
     ):
         speed(dataclasses.replace(TINY, names=("full", "fuller")))
 
