@@ -3,6 +3,7 @@
 usage: python -m experiments.quote
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,6 +31,7 @@ _KERNELS = """
     sparse products beside dense, 70% zeros | x | 2.60x | sparse_matvec.speedup_70
     without zeros, time beside dense | | 1.05 | sparse_matvec.time_ratio_0
 """  # case, how its figure is written, what was wanted, claim
+_GPUS = ("NVIDIA H100", "NVIDIA H200")  # what names of devices begin with
 _PEERS = {"cudnn": "cuDNN", "jax_op": "JAX's op", "exact": "q·K"}
 
 
@@ -42,7 +44,9 @@ def files() -> dict[Path, dict[str, Callable[[], str]]]:
             "kernels": _kernels,
             "systems": quote_systems.table,
         },
-        provenance.ROOT / "docs" / "kernel_log.md": {"every kernel": _every_kernel},
+        provenance.ROOT / "docs" / "kernel_log.md": {
+            f"every kernel, {device.split()[-1]}": functools.partial(_every_kernel, device) for device in _GPUS
+        },
         provenance.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
         provenance.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
         provenance.ROOT / "docs" / "methods" / "chess.md": quote_chess.CHESS,
@@ -104,23 +108,25 @@ def _peers() -> str:
 
 def _kernels() -> str:
     """Returns the worst case of each figure of the kernels beside what was wanted, and the decode step."""
-    stored, path = results.newest("kernels")
-    lines = ["| the worst case of (x: times as fast) | measured | wanted |", "|---|---|---|"]
+    runs = [results.newest("kernels", device=device) for device in _GPUS]
+    lines = ["| the worst case of (x: times as fast) | H100 | H200 | wanted of an H100 |", "|---|---|---|---|"]
     for row in _KERNELS.strip().splitlines():
         case, how, wanted, claim = map(str.strip, row.split("|"))
-        value = stored["claims"][claim]
-        lines.append(f"| {case} | {f'{value:.0%}' if how == '%' else f'{value:.2f}{how}'} | {wanted} |")
-    step, step_path = results.newest("decode", " speed")
+        values = [stored["claims"][claim] for stored, _ in runs]
+        words = (f"{value:.0%}" if how == "%" else f"{value:.2f}{how}" for value in values)
+        lines.append(f"| {case} | {' | '.join(words)} | {wanted} |")
+    step, step_path = results.newest("decode", " speed", device=_GPUS[0])
     for words, case in (("batch 1 at 8k", "b1_8k"), ("batch 8 at 32k", "b8_32k")):
         value = step["claims"][f"full.fraction_{case}"]
-        lines.append(f"| whole decode step of 8B, {words}, of the byte limit | {value:.0%} | 85% |")
-    sources = f"({_source(stored, path)};\nthe step: [{step_path}]({step_path}))"
-    return "\n".join(lines) + f"\n\n{sources}\n"
+        lines.append(f"| whole decode step of 8B, {words}, of the byte limit | {value:.0%} | | 85% |")
+    sources = [f"{_source(stored, path)};" for stored, path in runs]
+    sources.append(f"the step: [{step_path}]({step_path})")
+    return "\n".join(lines) + "\n\n({})\n".format("\n".join(sources))
 
 
-def _every_kernel() -> str:
-    """Returns a line for every case that was timed."""
-    stored, path = results.newest("kernels")
+def _every_kernel(device: str) -> str:
+    """Returns a line for every case that was timed on a device."""
+    stored, path = results.newest("kernels", device=device)
     cases: dict[tuple, list[dict]] = {}
     for r in stored["rows"]:
         cases.setdefault((r["name"], r["spec"]), []).append(r)
