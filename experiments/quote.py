@@ -45,7 +45,7 @@ def files() -> dict[Path, dict[str, Callable[[], str]]]:
             "systems": quote_systems.table,
         },
         provenance.ROOT / "docs" / "kernel_log.md": {
-            f"every kernel, {device.split()[-1]}": functools.partial(_every_kernel, device) for device in _GPUS
+            f"every kernel, {name.split()[-1]}": functools.partial(_every_kernel, name) for name in _GPUS
         },
         provenance.ROOT / "docs" / "methods" / "chelsea.md": quote_methods.CHELSEA,
         provenance.ROOT / "docs" / "methods" / "a2ats.md": quote_methods.A2ATS,
@@ -109,7 +109,10 @@ def _peers() -> str:
 def _kernels() -> str:
     """Returns the worst case of each figure of the kernels beside what was wanted, and the decode step."""
     runs = [results.newest("kernels", device=device) for device in _GPUS]
-    lines = ["| the worst case of (x: times as fast) | H100 | H200 | wanted of an H100 |", "|---|---|---|---|"]
+    lines = [
+        "| the worst case of (x: times as fast) | H100 | H200 | wanted of an H100 |",
+        "|---|---|---|---|",
+    ]
     for row in _KERNELS.strip().splitlines():
         case, how, wanted, claim = map(str.strip, row.split("|"))
         values = [stored["claims"][claim] for stored, _ in runs]
