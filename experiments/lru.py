@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from experiments.selections import Steps
 
-__all__ = ["lru_missed", "needed_lines", "tier_missed"]
+__all__ = ["asked_chunks", "lru_missed", "needed_lines", "tier_crossed", "tier_missed"]
 
 
 def lru_missed(
@@ -52,7 +52,27 @@ def needed_lines(steps: Steps, block: int = 1) -> int:
 
 
 def tier_missed(steps: Steps, block: int, lines: int) -> Int[np.ndarray, "B K T"]:
-    """Returns the blocks that cross in each step by the rule of `tiers.bring`.
+    """Returns how many blocks cross in each step; as, and raises as, `tier_crossed`."""
+    return tier_crossed(steps, block, lines).sum(-1)
+
+
+def asked_chunks(steps: Steps, block: int, lines: int, chunk: int) -> Steps:
+    """Returns what steps ask a disk for: the full chunks of the blocks that cross, each once.
+
+    Those of all heads are numbered one after the other, as the slots of one head.
+    """
+    first = steps.first[:, None]
+    number = steps.blocks(block) * block // chunk  # [B K T N]
+    asked = tier_crossed(steps, block, lines) & ((number + 1) * chunk <= first)
+    n_heads, n_chunks = number.shape[1], steps.n_blocks(chunk)
+    number = np.where(asked, number + np.arange(n_heads)[:, None, None] * n_chunks, -1)
+    number = np.sort(np.swapaxes(number, 1, 2).reshape(len(number), 1, len(first), -1))
+    slot = Steps(number, steps.seen, steps.first, n_heads * n_chunks).blocks(1)
+    return Steps(slot, steps.seen, np.full_like(steps.first, n_heads * n_chunks), n_heads * n_chunks)
+
+
+def tier_crossed(steps: Steps, block: int, lines: int) -> Bool[np.ndarray, "B K T N"]:
+    """Says which of `steps.blocks` cross in each step by the rule of `tiers.bring`.
 
     Raises:
         ValueError: for fewer lines than that takes.
@@ -65,7 +85,7 @@ def tier_missed(steps: Steps, block: int, lines: int) -> Int[np.ndarray, "B K T"
     row = np.arange(len(idx))[:, None]
     line = np.full((len(idx), steps.n_blocks(block)), -1)  # that holds each block
     held, used = (np.full((len(idx), lines), -1) for _ in range(2))
-    missed = np.zeros((len(idx), n_steps), np.int64)
+    crossed = np.zeros(idx.shape, bool)
     for t, first in enumerate(steps.first):
         if block > 1 and t and first > steps.first[t - 1]:
             _seal(line, held, used, steps.first[t - 1] // block)
@@ -79,8 +99,8 @@ def tier_missed(steps: Steps, block: int, lines: int) -> Int[np.ndarray, "B K T"
         lost = held[x, victim]
         line[x[lost >= 0], lost[lost >= 0]] = -1
         line[x, now[x, n]], held[x, victim], used[x, victim] = victim, now[x, n], t
-        missed[:, t] = (new & (now * block < first)).sum(-1)
-    return missed.reshape(*heads, n_steps)
+        crossed[:, t] = new & (now * block < first)
+    return crossed.reshape(*heads, n_steps, size)
 
 
 def _oldest(used: Int[np.ndarray, "K C"], t: int, n: Int[np.ndarray, " K"]) -> Int[np.ndarray, "K C"]:

@@ -13,7 +13,8 @@ __all__ = ["check_apart", "claims", "measured", "side_by_side", "start"]
 _FIGURES = (
     "kl", "top1", "perplexity", "passkey_filler", "passkey_novel", "read", "step_tokens", "union", "lines",
     "share_held", "hit_rate", "hit_rate_tier", "hit_rate_ranked", "brought", "brought_tier", "place_ns",
-    "gb_per_s", "sparsity", "ffn_error", "off", "acc", "acc_norm", "exact_match",
+    "gb_per_s", "asked_chunks", "disk_chunks", "disk_bytes", "share_of_chosen", "sparsity", "ffn_error",
+    "off", "acc", "acc_norm", "exact_match",
 )  # fmt: skip
 _LONG = ("spec", "calibration")  # settings that are not printed
 

@@ -1,4 +1,4 @@
-"""Records which slots A²ATS's decode steps read, so that caches of their rows can be simulated."""
+"""Records which slots decode steps choose to read, so that caches of their rows can be simulated."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,6 @@ from kvjax.attend import Selection
 from kvjax.cache import KV, Layer
 from kvjax.method import CacheMethod
 from kvjax.methods import per_layer
-from kvjax.methods.a2ats import A2ATS
 from kvjax.shapes import Leaf, Positions, Queries, Slots, Tokens
 
 __all__ = ["Recorded", "Steps", "record"]
@@ -25,7 +24,7 @@ __all__ = ["Recorded", "Steps", "record"]
 class Steps:
     """What T decode steps read of one layer, in B documents of one length."""
 
-    slot: Int[np.ndarray, "B K T N"]  # slots of each KV head, ascending, -1 = none
+    slot: Int[np.ndarray, "B K T N"]  # slots of each KV head, or the first ones of blocks; -1 = none
     seen: Int[np.ndarray, " T"]  # tokens seen, the step's own included
     first: Int[np.ndarray, " T"]  # slots that lie on the host while the step runs; later ones are staged
     size: int  # slots of a head
@@ -44,18 +43,21 @@ class Steps:
 
 @struct.dataclass
 class Trace:
-    """A²ATS's own index, and what its steps have read."""
+    """A method's own index, and what its steps have chosen."""
 
     aux: Leaf
-    slot: Leaf  # [B T K N] int32, -1 = none
+    slot: Leaf  # [B T K N] int32, slots or blocks, -1 = none
     step: Leaf  # [] int32, steps taken
 
 
 @dataclass(frozen=True)
 class Recorded(CacheMethod):
-    """A²ATS that records what its first `steps` decode steps read. aux: `Trace`, where tokens are ranked."""
+    """A method that records what its first `steps` decode steps choose. aux: `Trace`, where it chooses.
 
-    method: A2ATS
+    method: one that selects in every layer, but where its `topk` is None.
+    """
+
+    method: Any
     steps: int
 
     def for_layer(self, index: int, n_layers: int) -> "Recorded":
@@ -73,7 +75,7 @@ class Recorded(CacheMethod):
         return kv.replace(aux=Trace(kv.aux, slot, jnp.int32(0)))
 
     def observe(self, kv: KV, q: Queries, k: Tokens, pos: Positions, idx: Slots) -> KV:
-        """Finds codes; in a decode step, records what the method is about to read."""
+        """Lets the method observe; in a decode step, records what it is about to read."""
         if self.method.topk is None:
             return self.method.observe(kv, q, k, pos, idx)
         own = self.method.observe(_own(kv), q, k, pos, idx)
@@ -101,23 +103,27 @@ def _own(kv: KV) -> KV:
 
 
 def record(
-    model: kvjax.Model, method: A2ATS, documents: Int[np.ndarray, "B T"], n_rest: int
+    model: kvjax.Model, method: Any, documents: Int[np.ndarray, "B T"], n_rest: int
 ) -> dict[int, Steps]:
     """Reads all but the end of each document, decodes its last n_rest tokens, and returns what steps read.
 
-    Returns: of each layer that is ranked; none of those that are read in full, or through a window.
+    Args:
+        method: see `Recorded`; its `leaf`, if it has one, is the size of the blocks that it chooses.
+
+    Returns: of each layer that chooses; none of those that are read in full, or through a window.
     """
     recorded, found = Recorded(method, n_rest), {}
-    ranked = [
-        i
+    ranked = {
+        i: getattr(m.method, "leaf", 1)
         for i, m in enumerate(per_layer(recorded, model.config))
         if isinstance(m, Recorded) and m.method.topk is not None
-    ]
+    }
     for row in documents[:, None]:  # one by one: memory is that of one
         logits, state = kvjax.prefill(model, row[:, :-n_rest], recorded, room=n_rest)
         _, _, state, _ = kvjax.decode(model, logits, state, recorded, row[:, -n_rest:])
-        for i in ranked:
-            found.setdefault(i, []).append(np.swapaxes(np.asarray(state[i].aux.slot), 1, 2))
+        for i, block in ranked.items():
+            idx = np.swapaxes(np.asarray(state[i].aux.slot), 1, 2)
+            found.setdefault(i, []).append(np.where(idx >= 0, idx * block, -1))
     step, length = np.arange(n_rest), documents.shape[1] - n_rest
     first = length + step // tiers.STEPS * tiers.STEPS
     return {

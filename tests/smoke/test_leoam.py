@@ -11,7 +11,7 @@ from method_cases import codebooks as random_codebooks
 import kvjax
 from experiments import leoam, leoam_chunks, leoam_recall, results, scoring
 from experiments.leoam_chunks import WAYS, Way, _tree
-from kvjax import text
+from kvjax import blocks, text
 from kvjax.calibrate import codebooks
 from kvjax.chunk_tree import Shape
 from kvjax.methods import layers
@@ -160,3 +160,23 @@ def test_texts_that_chunks_are_fitted_on_are_not_asked_about(tmp_path, model, ca
 def test_methods_that_are_not_given_bytes_are_refused(name, tmp_path, model, capsys):
     assert leoam.main(["quality", *QUALITY, "--methods", name, "--out", str(tmp_path)]) == 2
     assert "a method" in " ".join(capsys.readouterr().err.split())
+
+
+def test_smaller_chunks_bring_fewer_bytes(tmp_path, model, capsys):
+    arguments = [
+        "reads", "--context", "320", "--rest", "96", "--topk", "0.2", "--methods",
+        "leoam:leaf=8,window=16,n_sinks=4", "--chunks", "4", "8", "32", "--device", "1", "--host", "0", "0.3",
+        "--out", str(tmp_path),
+    ]  # fmt: skip
+    assert leoam.main(arguments) == 0
+    (path,) = (tmp_path / "leoam_reads").glob("*.json")
+    rows = {(row["chunk"], row["host"]): row for row in results.load(path)["rows"]}
+    assert rows.keys() == {(8, 0), (8, 0.3), (32, 0), (32, 0.3)}  # a chunk has whole leaves
+    for (chunk, host), row in rows.items():
+        assert 0 < row["disk_chunks"] <= row["asked_chunks"] <= row["crossed"] < row["chosen"]
+        assert row["disk_bytes"] == row["disk_chunks"] * blocks.stride_of(chunk * 512)
+        assert host or row["disk_chunks"] == row["asked_chunks"]
+    assert all(rows[chunk, 0.3]["disk_bytes"] < rows[chunk, 0]["disk_bytes"] for chunk in (8, 32))
+    assert all(rows[8, host]["disk_bytes"] < rows[32, host]["disk_bytes"] for host in (0, 0.3))
+    assert leoam.main([*arguments[:4], "64", *arguments[5:]]) == 2
+    assert "steps after the first 64 are counted" in capsys.readouterr().err

@@ -11,8 +11,9 @@ from method_cases import MODELS, PROMPTS, codebooks
 import kvjax
 from experiments import lru, selections
 from experiments.selections import Steps
-from kvjax import decoding, tiers
+from kvjax import decoding, disk, tiers
 from kvjax.methods.a2ats import A2ATS
+from kvjax.methods.leoam import LeoAM
 
 RNG = np.random.default_rng(3)
 N_REST = 2 * tiers.STEPS  # two programs
@@ -80,6 +81,23 @@ def test_fewer_lines_than_a_tier_has_are_refused():
         lru.tier_missed(steps, 1, 6)
 
 
+def test_chunks_of_all_heads_are_asked_for_once_a_step():
+    steps, block, chunk, lines = random_steps(2), 2, 4, 9
+    asked, crossed = lru.asked_chunks(steps, block, lines, chunk), lru.tier_crossed(steps, block, lines)
+    np.testing.assert_array_equal(crossed.sum(-1), lru.tier_missed(steps, block, lines))
+    n_chunks = -(-steps.size // chunk)
+    assert asked.size == asked.n_blocks(1) == 3 * n_chunks
+    for b, t in np.ndindex(2, len(steps.seen)):
+        wanted = set()
+        for k, n in zip(*np.nonzero(crossed[b, :, t]), strict=True):
+            number = steps.slot[b, k, t, n] // chunk
+            if (number + 1) * chunk <= steps.first[t]:  # else it lies in memory alone
+                wanted.add(k * n_chunks + number)
+        found = asked.slot[b, 0, t]
+        assert sorted(found[found >= 0]) == sorted(wanted)
+    assert lru.lru_missed(asked)[:, -1].sum() < (asked.slot >= 0).sum()  # some are asked for again
+
+
 def a2ats(model: kvjax.Model, **more) -> A2ATS:
     return A2ATS(topk=10, calibration=codebooks(model), far=64, window=8, **more)
 
@@ -123,3 +141,22 @@ def test_no_lines_are_a_tier_that_keeps_none(recorded):
     program = counted(MODELS["G2"], hot=0)[-1]
     for i, found in recorded["G2"].items():
         assert program[i][1].sum() == lru.lru_missed(found)[:, 0].sum() > 0
+
+
+def test_simulated_chunks_are_those_that_a_disk_is_asked_for(tmp_path):
+    model, chunk = MODELS["G2"], 16
+    settings = {"topk": 24, "leaf": 8, "window": 16, "n_sinks": 4}
+    steps = selections.record(model, LeoAM(**settings), DOCUMENTS, N_REST)
+    method = LeoAM(**settings, disk=str(tmp_path), chunk=chunk, ahead=False)
+    for row in range(2):  # a document each, as recorded
+        logits, state = kvjax.prefill(model, PROMPTS[row : row + 1], method, room=N_REST)
+        before = disk.traffic(state)
+        before = [t.asked for t in before]
+        for start in range(0, N_REST, tiers.STEPS):
+            forced = DOCUMENTS[row : row + 1, PROMPTS.shape[1] + start :][:, : tiers.STEPS]
+            _, logits, state, _ = decoding.decode(model, logits, state, method, forced)
+        lines = state[0].tier.held.shape[2]
+        counts = [t.asked - n for t, n in zip(disk.traffic(state), before, strict=True)]
+        asked = [lru.asked_chunks(s, 8, lines, chunk).slot[row] >= 0 for s in steps.values()]
+        assert counts == [int(x.sum()) for x in asked]
+        assert min(counts) > 0
