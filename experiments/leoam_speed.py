@@ -76,7 +76,7 @@ class Speed:
     overlap: float = 0.55
     device_gb: float = 2.0
     host_gb: float = 8.0
-    chunk: int = 64
+    chunk: int = 32
     steps: int = 16
     samples: int = 3
     warm: int = 3

@@ -96,10 +96,10 @@ def _speed(*options: str) -> str:
     options: what the commands begin with.
     """
     lines, endings = [
-        "| shape, rows | | step, ms | times as fast as full | found on the device "
+        "| shape, rows | | chosen again | step, ms | times as fast as full | found on the device "
         "| of the rest, on the host, read ahead | from disk, MiB | that at the disk's rate, ms "
         "| computing, disk, link |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ], []  # fmt: skip
     for words in options:
         stored, path = results.newest("leoam", f" speed {words}", "leoam_speed")
@@ -118,12 +118,36 @@ def _step(r: Mapping[str, Any], full_us: float, rate: float) -> str:
     """
     chooses = r["name"].startswith(("leoam", "fixed"))
     found = (f"{r['hit_rate']:.1%}", f"{r['pooled']:.0%}, {r['expected']:.0%}") if chooses else ("", "")
+    again = f"{r['overlap']:.0%}" if chooses and "overlap" in r else ""
     shares = ", ".join(f"{max(r[k], 0):.0%}" for k in ("computing", "disk", "link"))
     return (
-        f"| {r['spec'].replace(' bfloat16', '')}, {r['batch']} | {r['name']} | {r['step_us'] / 1e3:,.1f} "
+        f"| {r['spec'].replace(' bfloat16', '')}, {r['batch']} | {r['name']} | {again} "
+        f"| {r['step_us'] / 1e3:,.1f} "
         f"| {full_us / r['step_us']:.2f} | {found[0]} | {found[1]} "
         f"| {r['disk_bytes'] / 2**20:,.0f} | {r['disk_bytes'] / rate * 1e3:,.0f} | {shares} |"
     )
+
+
+def _reads(model: str) -> str:
+    """Returns what steps ask a disk for, by the tokens of a chunk.
+
+    model: the command's options.
+    """
+    stored, path = results.newest("leoam", f" reads {model}", "leoam_reads", whole=True)
+    lines = ["| leaf | chunk | chunks from disk | KiB | of 64's |", "|---|---|---|---|---|"]
+    rows = [r for r in stored["rows"] if (r["device"], r["host"]) == (1.1, 0.1)]
+    base = {r["name"]: r["disk_bytes"] for r in rows if r["chunk"] == 64}
+    lines += [
+        f"| {_leaf(r['name'])} | {r['chunk']} | {r['disk_chunks']:.2f} | {r['disk_bytes'] / 2**10:.1f} "
+        f"| {r['disk_bytes'] / base[r['name']]:.2f} |"
+        for r in rows
+    ]
+    return "\n".join(lines) + below(stored, path)
+
+
+def _leaf(name: str) -> str:
+    """Returns what a method's words say of its leaves."""
+    return name.removeprefix("leoam:leaf=").replace(",known_by=", ", ")
 
 
 def _faults() -> str:
@@ -139,6 +163,9 @@ def _faults() -> str:
 
 
 LEOAM: Mapping[str, Callable[[], str]] = {
+    "reads": functools.partial(_reads, "--dtype float32"),
+    "reads of Gemma": functools.partial(_reads, f"{GEMMA} --dtype float32 --context 16128"),
+    "reads of Qwen": functools.partial(_reads, f"{QWEN} --dtype float32 --context 8192"),
     "recall": functools.partial(_recall, f"{_LONG} 7168"),
     "recall of Gemma": functools.partial(_recall, f"{GEMMA} {_LONG} 16384"),
     "recall of Qwen": functools.partial(_recall, f"{QWEN} {_LONG} 8192"),
@@ -170,6 +197,9 @@ LEOAM: Mapping[str, Callable[[], str]] = {
         "--cases llama-3.1-8b:8x32768 --names full prefetch",
         "--cases longchat-7b:1x32768 --names full prefetch fixed leoam",
         "--cases longchat-7b/8:8x32768 --names full fixed leoam",
+        "--cases llama-3.1-8b:4x32768 --names full fixed fixed-equal leoam",
+        "--cases longchat-7b:1x32768 --names full fixed fixed-equal leoam",
+        "--cases longchat-7b:4x32768 --names full fixed leoam",
     ),
     "faults": _faults,
 }

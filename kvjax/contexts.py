@@ -190,7 +190,7 @@ def recover_context(folder: Path | str, model: Model, method: CacheMethod) -> Co
         >>> model = kvjax.load("smollm2-135m")
         >>> method = kvjax.METHODS["leoam"](disk=tempfile.mkdtemp())
         >>> _ = kvjax.prefill(model, kvjax.pad([list(range(200))]), method)
-        >>> kvjax.recover_context(method.disk, model, method).state[0].seen.tolist()  # whole chunks of 64
+        >>> kvjax.recover_context(method.disk, model, method).state[0].seen.tolist()  # whole chunks of 32
         [192]
     """
     folder = Path(folder).resolve()

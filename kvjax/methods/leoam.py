@@ -49,6 +49,7 @@ __all__ = ["LeoAM"]
 PerLayer = Any  # a setting, or anything array-like of one per layer, which becomes a tuple
 _PER_LAYER = {"leaf": int, "root": int, "known_by": str}
 _TIERS = ("device", "host", "disk")
+_CHUNK = 32  # tokens of a chunk at least
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class LeoAM(CacheMethod):
             for twice the K and V that a step may read.
         host_budget: with a disk, bytes of K and V that the host holds; None for all.
         disk: a folder, of one state; giving it makes the tier "disk".
-        chunk: tokens of a KV head that the disk writes and reads together, a multiple of leaf.
+        chunk: tokens of a KV head that the disk writes and reads together, a multiple of leaf; None for the
+            least that has 32, since what a chunk has beside the leaf that is asked for is read for nothing.
         ahead: have what the next layer may ask for read from the disk while this one computes.
         int4: let a share of the chunks come from the disk in 4 bits, as many as keep it from being late.
     """
@@ -97,7 +99,7 @@ class LeoAM(CacheMethod):
     device_budget: int | None = field(default=None, repr=False)  # what a context is opened with may differ
     host_budget: int | None = field(default=None, repr=False)
     disk: str | None = field(default=None, repr=False, compare=False)
-    chunk: int = 64
+    chunk: int | None = None
     ahead: bool = field(default=True, repr=False)
     int4: bool = False
     evicts: ClassVar[bool] = False
@@ -114,7 +116,7 @@ class LeoAM(CacheMethod):
                 raise ValueError(f"{name} is {what}, or one for each layer, got {value!r}")
         if self.disk is not None:
             object.__setattr__(self, "tier", "disk")
-        if self.disk == "" or self.chunk < 1:
+        if self.disk == "" or (self.chunk is not None and self.chunk < 1):
             raise ValueError(
                 f"a disk is a folder, in chunks of 1 token or more, got {self.disk=}, {self.chunk=}"
             )
@@ -133,7 +135,7 @@ class LeoAM(CacheMethod):
                     "roots, and abstracts as codes, need abstracts on the device, got "
                     f"{self.abstracts=} for {root=}, {self.abstract_bits=}"
                 )
-            if self.disk is not None and self.chunk % leaf:
+            if self.disk is not None and self.chunk is not None and self.chunk % leaf:
                 raise ValueError(f"a chunk holds whole leaves, got {self.chunk=} for {leaf=}")
         self._check_tiers()
 
@@ -250,14 +252,15 @@ class LeoAM(CacheMethod):
 
     def _remote(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> Remote:
         """Returns how a layer lies on the disk."""
-        layout = Layout(batch, layer.n_kv_heads, max(slots), layer.head_dim, dtype, self.chunk)
+        chunk = self.chunk or -(-_CHUNK // self.leaf) * self.leaf
+        layout = Layout(batch, layer.n_kv_heads, max(slots), layer.head_dim, dtype, chunk)
         least = batch * layer.n_kv_heads * layout.stride
         if self.host_budget is not None and self.host_budget < least:
             raise ValueError(
                 f"the host holds a chunk of each KV head and row, {least} bytes of a layer, got "
                 f"{self.host_budget}: raise host_budget to as much for each of the model's layers"
             )
-        return Remote(jnp.int32(-1), self.chunk, self.host_budget, self.int4, self.ahead)
+        return Remote(jnp.int32(-1), chunk, self.host_budget, self.int4, self.ahead)
 
     @property
     def _n_forced(self) -> int:

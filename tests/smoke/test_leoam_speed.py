@@ -11,9 +11,9 @@ from experiments.leoam_speed import Speed, speed
 from kvjax.chunk_files import Layout
 
 CASE = "tiny/2:2x2048"
-CHUNKS = 2048 // 64 - 1  # the last is what steps write to
 LAYER = 4 * 2 * 8 * 128 * 2048  # bytes of K and V of two rows
 TINY = Speed(cases=(CASE,), topk=0.1, device_gb=0.02, host_gb=1.2 * LAYER / 1e9, steps=4, samples=1, warm=2)
+CHUNKS = 2048 // TINY.chunk - 1  # the last is what steps write to
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,10 @@ def test_every_name_has_its_row_and_what_it_is_compared_with(measured):
 def test_what_reads_everything_reads_the_layer_that_is_not_on_the_host(measured):
     rows = {row["name"]: row for row in measured[1]["rows"] if row["part"] == "decode"}
     for name in ("full", "prefetch"):
-        assert rows[name]["disk_bytes"] == 2 * 8 * CHUNKS * Layout(2, 8, 2048, 128, np.float16, 64).stride
+        assert (
+            rows[name]["disk_bytes"]
+            == 2 * 8 * CHUNKS * Layout(2, 8, 2048, 128, np.float16, TINY.chunk).stride
+        )
     assert all(rows[name]["disk_bytes"] < LAYER / 2 for name in ("fixed", "leoam", "leoam-host"))
     assert all(0 < rows[name]["hit_rate"] < 1 for name in ("fixed", "leoam", "leoam4", "leoam-host"))
 

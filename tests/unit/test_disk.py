@@ -23,6 +23,7 @@ from kvjax.chunk_files import Layout
 from kvjax.chunk_store import Store
 from kvjax.contexts import load_context, recover_context, save_context
 from kvjax.disk_pace import Pace
+from kvjax.methods import layers
 from kvjax.methods.leoam import LeoAM
 from pallas_kernels.host import on_host
 
@@ -75,6 +76,15 @@ def test_a_budget_of_all_is_dense_attention_through_the_disk(tmp_path):
     kept, _, state = read(on_disk(tmp_path, topk=1.0, host_budget=70_000))
     np.testing.assert_array_equal(kept, full)
     assert tiers.hit_rate(state) < 1
+
+
+@pytest.mark.parametrize(
+    ("leaf", "chunk", "tokens"), [(4, None, 32), (24, None, 48), (64, None, 64), (8, 16, 16)]
+)
+def test_a_chunk_has_whole_leaves_and_no_more_than_it_must(leaf, chunk, tokens):
+    method = LeoAM(leaf=leaf, chunk=chunk, disk="nowhere")
+    kv = method.init(layers(MODEL.config)[0], 1, (192,) * MODEL.config.n_kv_heads, np.float32)
+    assert disk.layout_of(kv).chunk == tokens
 
 
 def test_what_the_next_layer_asks_for_is_read_before_it_does(tmp_path):
