@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax import blocks, context_folder, disk, measure
+from kvjax import blocks, context_folder, context_layers, disk
 from kvjax.cache import KV, Layer
 from kvjax.chunk_store import Store
 from kvjax.method import CacheMethod
@@ -28,8 +28,6 @@ from kvjax.reading import prefill
 from kvjax.states import State
 
 __all__ = ["Context", "close_context", "load_context", "recover_context", "save_context"]
-
-_BLOCK_BYTES = 2**20 - 2**10  # of a payload, so that a block with its seal takes 1 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +86,8 @@ def save_context(
             f"rows on a disk stay in their folder, {str(own.folder)!r}, got {str(folder)!r}: save there"
         )
     with contextlib.nullcontext() if own else context_folder.lock(folder):
-        saved = [_saved(kv, own and own.stores.get(i)) for i, kv in enumerate(state)]
-        context_folder.check_space(folder, sum(map(_file_bytes, saved)))
+        saved = [context_layers.parts(kv, own and own.stores.get(i)) for i, kv in enumerate(state)]
+        context_folder.check_space(folder, sum(map(context_layers.file_bytes, saved)))
         if own:
             own.sync()
         parts = context_folder.new_generation(folder)
@@ -98,7 +96,7 @@ def save_context(
             about = {
                 **_identity(model, method), "generation": generation,
                 "layers": [
-                    _save_layer(parts / f"{i:03}.blocks", kv.slots, tree, generation)
+                    context_layers.write(parts / f"{i:03}.blocks", kv.slots, tree, generation)
                     for i, (kv, tree) in enumerate(zip(state, saved, strict=True))
                 ],
                 "chunks": own and own.generation,
@@ -251,8 +249,8 @@ def _load(folder: Path, about: Mapping[str, Any], model: Model, method: CacheMet
         if own:
             own.generation = about["chunks"]
         for i, (saved, m, layer) in enumerate(zip(about["layers"], *_kinds(model, method), strict=True)):
-            made = _shapes(m, layer, saved, model.dtype)
-            kv, *rest = _load_layer(parts / f"{i:03}.blocks", saved, about["generation"], made)
+            made = context_layers.shapes(m, layer, saved, model.dtype)
+            kv, *rest = context_layers.read(parts / f"{i:03}.blocks", saved, about["generation"], made)
             if rest:
                 kv = _with_rows(own, i, kv, rest, m.init(layer, len(kv.seen), kv.slots, model.dtype))
                 if whole:
@@ -283,78 +281,3 @@ def _identity(model: Model, method: CacheMethod) -> dict[str, Any]:
 
 def _kinds(model: Model, method: CacheMethod) -> tuple[Sequence[CacheMethod], Sequence[Layer]]:
     return per_layer(method, model.config), layers(model.config)
-
-
-def _saved(kv: KV, store: Store | None) -> tuple:
-    """Returns what is written of a layer: its state, or that without rows and the rows of no full chunk."""
-    return (kv,) if store is None else (kv.replace(tier=None), store.end.astype(np.int32), store.tail)
-
-
-def _file_bytes(tree: Any) -> int:
-    """Returns the bytes of the file that holds a layer."""
-    return (-(-measure.nbytes(tree) // _BLOCK_BYTES) + 1) * blocks.stride_of(_BLOCK_BYTES)
-
-
-def _save_layer(path: Path, slots: Sequence[int], tree: Any, generation: int) -> dict[str, Any]:
-    """Writes one layer's arrays, one after the other, and returns what they are."""
-    arrays = [np.asarray(x) for x in jax.tree.leaves(tree)]
-    whole = b"".join(x.tobytes() for x in arrays)
-    with blocks.create(path, _BLOCK_BYTES, generation) as file:
-        for i, start in enumerate(range(0, len(whole), _BLOCK_BYTES)):
-            file.write(i, memoryview(whole)[start : start + _BLOCK_BYTES])
-        file.sync()
-    return {"slots": list(slots), "leaves": [[list(x.shape), x.dtype.name] for x in arrays]}
-
-
-def _load_layer(path: Path, saved: Mapping[str, Any], generation: int, made: Any) -> Any:
-    """Reads one layer into a tree of that structure."""
-    sizes = [(tuple(shape), jnp.dtype(name)) for shape, name in saved["leaves"]]
-    n_bytes = [int(np.prod(shape)) * kind.itemsize for shape, kind in sizes]
-    try:
-        with blocks.open_blocks(path) as file:
-            if file.generation != generation:
-                raise blocks.DamagedBlock(
-                    f"a file is of the manifest's generation, got {file.generation} for {generation} in "
-                    f"{str(path)!r}"
-                )
-            n = -(-sum(n_bytes) // file.block_bytes)
-            whole = b"".join(file.read(i) for i in range(n))
-    except FileNotFoundError as error:
-        raise blocks.DamagedBlock(
-            f"a context has a file for each layer, got none at {str(path)!r}"
-        ) from error
-    if len(whole) != sum(n_bytes):
-        raise blocks.DamagedBlock(f"a layer has {sum(n_bytes)} bytes, got {len(whole)} in {str(path)!r}")
-    starts = np.cumsum([0, *n_bytes])
-    leaves = [
-        jnp.asarray(np.frombuffer(whole[start : start + n], kind).reshape(shape))
-        for start, n, (shape, kind) in zip(starts, n_bytes, sizes, strict=False)
-    ]
-    return jax.tree.unflatten(jax.tree.structure(made), leaves)
-
-
-def _shapes(method: CacheMethod, layer: Layer, saved: Mapping[str, Any], dtype: Any) -> Any:
-    """Returns what `_saved` gives of a layer, in shapes: as it is made, or as it is once compressed.
-
-    Raises:
-        ValueError: where the method makes neither.
-    """
-    sizes, slots = [(tuple(shape), jnp.dtype(name)) for shape, name in saved["leaves"]], tuple(saved["slots"])
-    batch = sizes[0][0][0]
-    made = jax.eval_shape(lambda: method.init(layer, batch, slots, dtype))
-    if disk.on_disk(made):
-        at = disk.layout_of(made)
-        number = lambda *shape, kind: jax.ShapeDtypeStruct((batch, at.n_heads, *shape), kind)  # noqa: E731
-        found = [(made.replace(tier=None), number(kind=jnp.int32), number(*at.rows, kind=dtype))]
-    else:
-        queries = (batch, method.n_queries, layer.n_kv_heads, layer.group, layer.head_dim)
-        pos = jax.ShapeDtypeStruct(queries[:2], jnp.int32)
-        q = jax.ShapeDtypeStruct(queries, dtype)
-        found = [(made,), (jax.eval_shape(method.compress, made, q, pos),)]
-    for tree in found:
-        if [(x.shape, x.dtype) for x in jax.tree.leaves(tree)] == sizes:
-            return tree
-    raise ValueError(
-        f"a context has the arrays that its method makes, got others than those of {method} in "
-        f"{jnp.dtype(dtype)}"
-    )
