@@ -13,7 +13,7 @@ import numpy as np
 from method_cases import MODELS
 
 import kvjax
-from kvjax import contexts
+from kvjax import context_layers, contexts
 
 PLACES = 50
 MODEL, FULL = MODELS["G2"], kvjax.METHODS["full"]()
@@ -46,7 +46,7 @@ def calls(limit):
 
 
 def main(folder):
-    contexts._BLOCK_BYTES = 1000
+    context_layers._BLOCK_BYTES = 1000
     contexts.fingerprint = lambda model: "a model"
     old, new = state(0), state(1)
     whole = [np.concatenate([np.asarray(x).ravel() for x in jax.tree.leaves(s)]) for s in (old, new)]

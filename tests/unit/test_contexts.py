@@ -16,7 +16,7 @@ from hypothesis import given
 from method_cases import CASES, MODELS, ONE_LAYER, fitted
 
 import kvjax
-from kvjax import blocks, context_folder, contexts
+from kvjax import blocks, context_folder, context_layers, contexts
 from kvjax.blocks import DamagedBlock
 from kvjax.contexts import load_context, save_context
 
@@ -42,7 +42,7 @@ def same(a, b):
 @pytest.fixture(scope="module", autouse=True)
 def _small_blocks():
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(contexts, "_BLOCK_BYTES", 1000)
+        patched.setattr(context_layers, "_BLOCK_BYTES", 1000)
         yield
 
 
