@@ -16,12 +16,18 @@ from pallas_kernels.op import Spec
 __all__ = ["copy_rate", "host_copy_rate", "input_sets", "layers", "n_sets", "race", "time_us"]
 
 _BEYOND_CACHE = 512 * 2**20  # bytes that all input sets hold together, at least: ten times an H100's L2
+_MOST = 2**34  # bytes that all hold together at most, but for four: XLA pins 64 GB of a host, an L4 has 24
 _SPAN_S = 0.04  # one sample lasts at least this long: the host takes 0.1 ms to start it
 
 
 def n_sets(spec: Spec) -> int:
-    """Returns how many input sets ("layers") are together larger than any cache."""
-    return min(32, max(4, -(-_BEYOND_CACHE // max(spec.bytes(), 1))))
+    """Returns how many input sets ("layers") are together larger than any cache, but fit into memory.
+
+    Of a case that reads few of its rows, sets that move enough may be too large to hold.
+    """
+    arrays = jax.tree.leaves(jax.eval_shape(spec.arrays, jax.random.key(0)))
+    held = sum(x.size * x.dtype.itemsize for x in arrays)
+    return max(4, min(32, -(-_BEYOND_CACHE // max(spec.bytes(), 1)), _MOST // max(held, 1)))
 
 
 def input_sets(spec: Spec, seed: int = 0) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -32,6 +33,15 @@ def test_every_claim_is_about_some_case():
     assert found["decode_attention.copy_fraction_min"] == 0.5
     assert found["decode_attention.int8_time_ratio"] == 0.5
     assert found["chunked_similarity.vs_read_k"] == 2.0
+
+
+def test_input_sets_are_larger_than_caches_and_fit_into_memory():
+    timed = [spec for op in ops().values() for spec in op.specs if {"bench", "tune"} & set(spec.uses)]
+    for spec in timed:
+        arrays = jax.tree.leaves(jax.eval_shape(spec.arrays, jax.random.key(0)))
+        held, n = sum(x.size * x.dtype.itemsize for x in arrays), timing.n_sets(spec)
+        assert n == 4 or n * held <= 2**34, spec.name
+        assert n == 32 or n * max(held, spec.bytes()) >= 2**29, spec.name
 
 
 def test_a_claim_is_the_worst_of_its_rows():
