@@ -80,8 +80,7 @@ def reads(settings: Reads) -> int:
             for device, host in ((d, h) for d in settings.device for h in settings.host):
                 row = {"name": name, "chunk": chunk, "device": device, "host": host}
                 stored = measured(stored, row, functools.partial(tried.figures, chunk, device, host))
-                claim = f"{settings.model.split('-')[0]}.leaf{tried.leaf}.c{chunk}"
-                found = stored.find(row)
+                claim, found = f"{settings.model.split('-')[0]}.{name}.c{chunk}", stored.find(row)
                 for k in ("disk_chunks", "disk_bytes"):
                     claims[f"{claim}.{k}@{device:g},{host:g}"] = found[k]
     stored = stored.claim(claims)
@@ -99,7 +98,7 @@ class _Tried:
 
     @functools.cached_property
     def method(self) -> Any:
-        return spec.parse(f"{self.name}{',' if ':' in self.name else ':'}topk={self.settings.topk}")
+        return spec.parse(self.name, topk=self.settings.topk)
 
     @property
     def leaf(self) -> int:

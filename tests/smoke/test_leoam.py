@@ -165,12 +165,14 @@ def test_methods_that_are_not_given_bytes_are_refused(name, tmp_path, model, cap
 def test_smaller_chunks_bring_fewer_bytes(tmp_path, model, capsys):
     arguments = [
         "reads", "--context", "320", "--rest", "96", "--topk", "0.2", "--methods",
-        "leoam:leaf=8,window=16,n_sinks=4", "--chunks", "4", "8", "32", "--device", "1", "--host", "0", "0.3",
-        "--out", str(tmp_path),
+        "leoam:leaf=8,window=16,n_sinks=4", "leoam:leaf=8,window=16,n_sinks=4,known_by=mean",
+        "--chunks", "4", "8", "32", "--device", "1", "--host", "0", "0.3", "--out", str(tmp_path),
     ]  # fmt: skip
     assert leoam.main(arguments) == 0
     (path,) = (tmp_path / "leoam_reads").glob("*.json")
-    rows = {(row["chunk"], row["host"]): row for row in results.load(path)["rows"]}
+    data = results.load(path)
+    assert len(data["claims"]) == 2 * len(data["rows"])
+    rows = {(r["chunk"], r["host"]): r for r in data["rows"] if r["name"].endswith("sinks=4")}
     assert rows.keys() == {(8, 0), (8, 0.3), (32, 0), (32, 0.3)}  # a chunk has whole leaves
     for (chunk, host), row in rows.items():
         assert 0 < row["disk_chunks"] <= row["asked_chunks"] <= row["crossed"] < row["chosen"]
