@@ -46,7 +46,7 @@ class Trace:
     """A method's own index, and what its steps have chosen."""
 
     aux: Leaf
-    slot: Leaf  # [B T K N] int32, slots or blocks, -1 = none
+    slot: Leaf  # [B T K N] int32, slots or the first ones of blocks, -1 = none
     step: Leaf  # [] int32, steps taken
 
 
@@ -81,8 +81,9 @@ class Recorded(CacheMethod):
         own = self.method.observe(_own(kv), q, k, pos, idx)
         trace = kv.aux.replace(aux=own.aux)
         if q.shape[1] == 1:
-            chosen = self.method.select(own, q, pos).idx
-            slot = trace.slot.at[:, trace.step].set(chosen, mode="drop")
+            chosen = self.method.select(own, q, pos)
+            slot = jnp.where(chosen.idx >= 0, chosen.idx * chosen.block, -1)
+            slot = trace.slot.at[:, trace.step].set(slot, mode="drop")
             trace = trace.replace(slot=slot, step=trace.step + 1)
         return own.replace(aux=trace)
 
@@ -108,22 +109,21 @@ def record(
     """Reads all but the end of each document, decodes its last n_rest tokens, and returns what steps read.
 
     Args:
-        method: see `Recorded`; its `leaf`, if it has one, is the size of the blocks that it chooses.
+        method: see `Recorded`.
 
     Returns: of each layer that chooses; none of those that are read in full, or through a window.
     """
     recorded, found = Recorded(method, n_rest), {}
-    ranked = {
-        i: getattr(m.method, "leaf", 1)
+    ranked = [
+        i
         for i, m in enumerate(per_layer(recorded, model.config))
         if isinstance(m, Recorded) and m.method.topk is not None
-    }
+    ]
     for row in documents[:, None]:  # one by one: memory is that of one
         logits, state = kvjax.prefill(model, row[:, :-n_rest], recorded, room=n_rest)
         _, _, state, _ = kvjax.decode(model, logits, state, recorded, row[:, -n_rest:])
-        for i, block in ranked.items():
-            idx = np.swapaxes(np.asarray(state[i].aux.slot), 1, 2)
-            found.setdefault(i, []).append(np.where(idx >= 0, idx * block, -1))
+        for i in ranked:
+            found.setdefault(i, []).append(np.swapaxes(np.asarray(state[i].aux.slot), 1, 2))
     step, length = np.arange(n_rest), documents.shape[1] - n_rest
     first = length + step // tiers.STEPS * tiers.STEPS
     return {
