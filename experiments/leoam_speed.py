@@ -56,7 +56,8 @@ class Speed:
         cases: contexts.
         names: what to time in each, the full cache first.
         topk: share of the tokens that a step chooses.
-        equal: share that chunks of a fixed size need for the same attention; see `leoam recall`.
+        equal: share that chunks of a fixed size need for the same attention, the mean of three models by
+            `leoam recall`.
         overlap: share of a step's chunks that the step before chose too, on real models; a row has its own.
         device_gb: of K, V and abstracts on the device, in 10^9 bytes.
         host_gb: of K and V on the host.
@@ -72,7 +73,7 @@ class Speed:
     cases: tuple[str, ...] = (*(f"llama-3.1-8b:{b}x32768" for b in (1, 4, 8)), "longchat-7b:1x32768")
     names: tuple[str, ...] = ("full", "prefetch", "fixed", "leoam", "leoam4", "leoam-host")
     topk: float = 0.035
-    equal: float = 0.07
+    equal: float = 0.058
     overlap: float = 0.55
     device_gb: float = 2.0
     host_gb: float = 8.0
@@ -175,8 +176,16 @@ def _method(settings: Speed, case: Case, name: str) -> CacheMethod:
     return _NAMES[name](settings, case)
 
 
-def _leoam(settings: Speed, case: Case, *, leaf: int = 32, known_by: str = "mean", **more: Any) -> LeoAM:
-    share = more.pop("share", settings.topk)
+def _leoam(
+    settings: Speed,
+    case: Case,
+    *,
+    share: float | None = None,
+    leaf: int = 32,
+    known_by: str = "mean",
+    **more: Any,
+) -> LeoAM:
+    share = settings.topk if share is None else share
     return LeoAM(
         topk=int(share * case.tokens), leaf=leaf, root=None, known_by=known_by,
         chunk=settings.chunk, disk=str(settings.disk), device_budget=int(settings.device_gb * 1e9),
