@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 import kvjax
 from experiments import results
-from experiments.lru import asked_chunks, lru_missed, needed_lines, tier_missed
+from experiments.lru import asked_chunks, lru_missed, needed_lines, tier_crossed
 from experiments.rows import measured, start
 from experiments.selections import Steps, record
 from kvjax import blocks, spec, text, tiers
@@ -113,9 +114,20 @@ class _Tried:
 
     def figures(self, chunk: int, device: float, host: float) -> dict[str, Any]:
         """Returns what a step of a KV head reads where, means over layers and documents."""
-        each = np.mean([self._counts(steps, chunk, device, host) for steps in self.steps], axis=0)
-        chosen, crossed, asked, read = (float(x) for x in each)
-        stride = blocks.stride_of(chunk * self.settings.row_bytes)
+        stride, counts = blocks.stride_of(chunk * self.settings.row_bytes), []
+        layers = zip(self.steps, self.crossed(device), self.asked(chunk, device), strict=True)
+        for steps, crosses, (chunks, missed) in layers:
+            n_docs, n_heads, n_steps = steps.slot.shape[:3]
+            n_pool = int(host * n_heads * steps.size * self.settings.row_bytes / stride)
+            each = (
+                (steps.blocks(self.leaf) >= 0).sum((0, 1, 3)),
+                crosses.sum((0, 1, 3)),
+                (chunks.slot >= 0).sum((0, 1, 3)),
+                missed[:, min(n_pool, chunks.size)],
+            )
+            counted = (n_steps - tiers.STEPS) * n_docs * n_heads
+            counts.append([x[tiers.STEPS :].sum() / counted for x in each])
+        chosen, crossed, asked, read = (float(x) for x in np.mean(counts, axis=0))
         return {
             "chosen": chosen,
             "crossed": crossed,
@@ -125,18 +137,15 @@ class _Tried:
             "share_of_chosen": read * stride / (chosen * self.leaf * self.settings.row_bytes),
         }
 
-    def _counts(self, steps: Steps, chunk: int, device: float, host: float) -> list[float]:
-        """Returns the leaves chosen, those that cross the bus, chunks asked for and chunks read."""
-        lines = int(device * needed_lines(steps, self.leaf))
-        asked = asked_chunks(steps, self.leaf, lines, chunk)
-        row_bytes, (n_docs, n_heads, n_steps) = self.settings.row_bytes, steps.slot.shape[:3]
-        n_pool = int(host * n_heads * steps.size * row_bytes / blocks.stride_of(chunk * row_bytes))
-        missed = lru_missed(asked)[:, min(n_pool, asked.size)]
-        counts = [
-            (steps.blocks(self.leaf) >= 0).sum((0, 1, 3)),
-            tier_missed(steps, self.leaf, lines).sum((0, 1)),
-            (asked.slot >= 0).sum((0, 1, 3)),
-            missed,
-        ]
-        counted = (n_steps - tiers.STEPS) * n_docs * n_heads
-        return [float(count[tiers.STEPS :].sum()) / counted for count in counts]
+    @functools.lru_cache(maxsize=1)  # noqa: B019, of all chunks and hosts: one after the other
+    def crossed(self, device: float) -> list[Bool[np.ndarray, "B K T N"]]:
+        """Returns which leaves cross the bus, of each layer."""
+        lines = (int(device * needed_lines(steps, self.leaf)) for steps in self.steps)
+        return [tier_crossed(s, self.leaf, n) for s, n in zip(self.steps, lines, strict=True)]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019
+    def asked(self, chunk: int, device: float) -> list[tuple[Steps, Int[np.ndarray, "T C"]]]:
+        """Returns the chunks asked for of each layer, and how many are read with 0, 1, ... on the host."""
+        both = zip(self.steps, self.crossed(device), strict=True)
+        asked = [asked_chunks(steps, self.leaf, crossed, chunk) for steps, crossed in both]
+        return [(steps, lru_missed(steps)) for steps in asked]

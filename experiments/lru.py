@@ -56,14 +56,17 @@ def tier_missed(steps: Steps, block: int, lines: int) -> Int[np.ndarray, "B K T"
     return tier_crossed(steps, block, lines).sum(-1)
 
 
-def asked_chunks(steps: Steps, block: int, lines: int, chunk: int) -> Steps:
+def asked_chunks(steps: Steps, block: int, crossed: Bool[np.ndarray, "B K T N"], chunk: int) -> Steps:
     """Returns what steps ask a disk for: the full chunks of the blocks that cross, each once.
 
     Those of all heads are numbered one after the other, as the slots of one head.
+
+    Args:
+        crossed: as of `tier_crossed`.
     """
     first = steps.first[:, None]
     number = steps.blocks(block) * block // chunk  # [B K T N]
-    asked = tier_crossed(steps, block, lines) & ((number + 1) * chunk <= first)
+    asked = crossed & ((number + 1) * chunk <= first)
     n_heads, n_chunks = number.shape[1], steps.n_blocks(chunk)
     number = np.where(asked, number + np.arange(n_heads)[:, None, None] * n_chunks, -1)
     number = np.sort(np.swapaxes(number, 1, 2).reshape(len(number), 1, len(first), -1))

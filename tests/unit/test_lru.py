@@ -83,7 +83,8 @@ def test_fewer_lines_than_a_tier_has_are_refused():
 
 def test_chunks_of_all_heads_are_asked_for_once_a_step():
     steps, block, chunk, lines = random_steps(2), 2, 4, 9
-    asked, crossed = lru.asked_chunks(steps, block, lines, chunk), lru.tier_crossed(steps, block, lines)
+    crossed = lru.tier_crossed(steps, block, lines)
+    asked = lru.asked_chunks(steps, block, crossed, chunk)
     np.testing.assert_array_equal(crossed.sum(-1), lru.tier_missed(steps, block, lines))
     n_chunks = -(-steps.size // chunk)
     assert asked.size == asked.n_blocks(1) == 3 * n_chunks
@@ -157,6 +158,8 @@ def test_simulated_chunks_are_those_that_a_disk_is_asked_for(tmp_path):
             _, logits, state, _ = decoding.decode(model, logits, state, method, forced)
         lines = state[0].tier.held.shape[2]
         counts = [t.asked - n for t, n in zip(disk.traffic(state), before, strict=True)]
-        asked = [lru.asked_chunks(s, 8, lines, chunk).slot[row] >= 0 for s in steps.values()]
+        crossed = [lru.tier_crossed(s, 8, lines) for s in steps.values()]
+        both = zip(steps.values(), crossed, strict=True)
+        asked = [lru.asked_chunks(s, 8, x, chunk).slot[row] >= 0 for s, x in both]
         assert counts == [int(x.sum()) for x in asked]
         assert min(counts) > 0
