@@ -22,9 +22,9 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,10 +35,9 @@ from experiments import decode_model, options, results
 from experiments.cases import Case, case_of
 from experiments.leoam_synthetic import filled, spread, written
 from experiments.results import Results
-from kvjax import bandwidths, cache, disk, measure, tiers
-from kvjax.cache import KV, Layer
-from kvjax.chunk_files import Layout
-from kvjax.disk import Disk, Remote
+from experiments.streamed import Streamed
+from kvjax import bandwidths, disk, measure
+from kvjax.disk import Disk
 from kvjax.disk_pace import Traffic
 from kvjax.method import CacheMethod
 from kvjax.methods.leoam import LeoAM
@@ -84,27 +83,6 @@ class Speed:
     disk: Path = Path("leoam_speed")
     seed: int = 0
     out: Path = results.FOLDER
-
-
-@dataclass(frozen=True)
-class Streamed(CacheMethod):
-    """Reads every row in every step: some layers' from pinned host memory, the others' from a disk."""
-
-    folder: str | None = field(default=None, compare=False)
-    chunk: int = 64
-    resident: int = 0  # layers on the host
-    ahead: bool = False
-    tier: ClassVar[str] = "disk"
-
-    def for_layer(self, index: int, n_layers: int) -> "Streamed":
-        """Returns the method of one layer."""
-        return dataclasses.replace(self, resident=int(index < self.resident))
-
-    def init(self, layer: Layer, batch: int, slots: Sequence[int], dtype: Any) -> KV:
-        """Returns an empty state."""
-        least = Layout(batch, layer.n_kv_heads, max(slots), layer.head_dim, dtype, self.chunk).stride
-        remote = None if self.resident else Remote(jnp.int32(-1), self.chunk, least, False, self.ahead)
-        return cache.allocate(layer, batch, slots, dtype, host=tiers.Host(1, remote=remote))
 
 
 def speed(settings: Speed) -> int:
