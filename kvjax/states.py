@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from kvjax import cache, context_folder, disk, sharding, tiers
+from kvjax import cache, context_folder, disk, host_memory, sharding, tiers
 from kvjax.cache import KV, Layer
 from kvjax.method import CacheMethod
 from kvjax.methods import layers, per_layer
@@ -38,7 +38,7 @@ def init_state(model: Model, method: CacheMethod, batch: int, total: int, prompt
         sharding.check(model.mesh, m, slots)
         makers.append(functools.partial(_init, m, layer, batch, slots, model.dtype, model.mesh))
     if any(m.tier != "device" for m in per_layer(method, model.config)):
-        tiers.check_memory([jax.eval_shape(make) for make in makers])
+        host_memory.check_memory([jax.eval_shape(make) for make in makers])
     state = tuple(make() for make in makers)
     if not any(map(disk.on_disk, state)):
         return state

@@ -4,7 +4,7 @@ import io
 import pytest
 
 import kvjax
-from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, reading, spec, tiers
+from kvjax import bandwidths, budgets, cli, cli_calibrate, cli_doctor, host_memory, reading, spec
 from kvjax.model import fingerprint
 from pallas_kernels.backend import Target, aim
 from tests.tiny_models import byte_tokenizer, tiny
@@ -235,6 +235,6 @@ def test_shares_and_a_calibration_go_with_a_budget_and_a_chain(loaded, capsys, t
 
 
 def test_too_little_memory_is_told_in_a_line(loaded, capsys, monkeypatch):
-    monkeypatch.setattr(tiers, "_free", lambda here: 1000)
+    monkeypatch.setattr(host_memory, "_free", lambda here: 1000)
     assert cli.main(["generate", "Hi", "--max-new-tokens", "4", "--method", "leoam:leaf=4,tier=host"]) == 2
     assert capsys.readouterr().err.startswith("error: K and V fit into host memory")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from method_cases import ONE_LAYER, PROMPTS, codebooks
 
 import kvjax
-from kvjax import decoding, measure, states, tiers
+from kvjax import decoding, host_memory, measure, states, tiers
 from kvjax.cache import Layer
 from kvjax.methods import per_layer
 from kvjax.methods.a2ats import A2ATS
@@ -219,7 +219,7 @@ def test_staged_rows_that_overflow_are_an_error_in_debug_mode():
 
 def test_too_little_host_memory_is_told_before_anything_is_allocated(monkeypatch):
     init = states._init
-    monkeypatch.setattr(tiers, "_free", lambda here: 10_000)
+    monkeypatch.setattr(host_memory, "_free", lambda here: 10_000)
     made = []
     monkeypatch.setattr(
         states, "_init", lambda *args: made.append(isinstance(jnp.ones(1), jax.core.Tracer)) or init(*args)
@@ -236,29 +236,29 @@ def test_free_memory_is_the_least_of_the_machine_and_the_control_group(monkeypat
         "/sys/fs/cgroup/memory.max": ["4000000"],
         "/sys/fs/cgroup/memory.current": ["1000000"],
     }
-    monkeypatch.setattr(tiers, "_lines", lambda path: files.get(path, []))
+    monkeypatch.setattr(host_memory, "_lines", lambda path: files.get(path, []))
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
-    assert tiers._free(0) == 3_000_000
+    assert host_memory._free(0) == 3_000_000
     files["/sys/fs/cgroup/memory.max"] = ["max"]
-    assert tiers._free(0) == 5_120_000
+    assert host_memory._free(0) == 5_120_000
     files.clear()
-    assert tiers._free(0) is None
+    assert host_memory._free(0) is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "100")
-    assert tiers._free(2 << 30) == 98 << 30
+    assert host_memory._free(2 << 30) == 98 << 30
 
 
 def test_what_xla_has_pinned_for_rows_that_are_gone_is_free(monkeypatch):
     free = {"kB": 1000}
     lines = lambda path: [f"MemAvailable: {free['kB']} kB"] if path == "/proc/meminfo" else []  # noqa: E731
-    monkeypatch.setattr(tiers, "_lines", lines)
-    monkeypatch.setattr(tiers._Pinned, "most", 0)
-    here, before = tiers._here, tiers._here()
-    monkeypatch.setattr(tiers, "_here", lambda: here() - before)
+    monkeypatch.setattr(host_memory, "_lines", lines)
+    monkeypatch.setattr(host_memory._Pinned, "most", 0)
+    here, before = host_memory._here, host_memory._here()
+    monkeypatch.setattr(host_memory, "_here", lambda: here() - before)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     make = lambda: states.init_state(MODEL, a2ats(tier="host"), 2, 200)  # noqa: E731
     state = make()
-    assert measure.host_bytes(state) == tiers._here() > 0
+    assert measure.host_bytes(state) == host_memory._here() > 0
     free["kB"] = 0
     with pytest.raises(MemoryError):  # a second one
         make()
