@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from method_cases import MODELS, NEW, ONE_LAYER, PROMPTS, run
 
 import kvjax
-from kvjax import cache, chunk_tree, measure, states, tiers
+from kvjax import cache, chunk_tree, host_memory, measure, states, tiers
 from kvjax.far_tree import FarTree
 from kvjax.methods.leoam import LeoAM
 from pallas_kernels.host import on_host
@@ -190,9 +190,9 @@ def test_abstracts_on_the_host_count_as_its_memory(monkeypatch):
     far = [(kv.tier.far, kv.aux.far) for kv in states.init_state(MODEL, method, 1, 200)]
     needed = measure.nbytes(far)
     assert needed > measure.nbytes([rows for rows, _ in far])
-    monkeypatch.setattr(tiers, "_free", lambda here: needed)
+    monkeypatch.setattr(host_memory, "_free", lambda here: needed)
     states.init_state(MODEL, method, 1, 200)
-    monkeypatch.setattr(tiers, "_free", lambda here: needed - 1)
+    monkeypatch.setattr(host_memory, "_free", lambda here: needed - 1)
     with pytest.raises(MemoryError, match="K and V fit into host memory"):
         states.init_state(MODEL, method, 1, 200)
 
