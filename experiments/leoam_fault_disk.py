@@ -340,7 +340,7 @@ def _reading(case: str) -> Iterator[None]:
             return read(handle, [places[0][: blocks.ALIGN]], at)
         return min(read(handle, places, at), _PART)  # one past the cache reads whole pages
 
-    def late(*args: Any) -> Iterator[memoryview]:
+    def late(*args: Any) -> list[memoryview]:
         time.sleep(_LATE_S)
         return whole(*args)
 

@@ -9,10 +9,10 @@ another place, or of an earlier generation of the file, has another seal and cou
 """
 
 import errno
+import functools
 import mmap
 import os
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +21,22 @@ import xxhash
 __all__ = ["ALIGN", "BlockFile", "DamagedBlock", "create", "open_blocks", "stride_of"]
 
 ALIGN = 4096  # of blocks, as direct input and output wants it
-_SEAL = struct.Struct("<8sqqI4x")  # mark, generation, number, length; then xxh3 of 8 bytes
-_SUM = struct.Struct("<Q")
-_TAIL = _SEAL.size + _SUM.size
+_SEAL = struct.Struct("<8sqqI4xQ")  # mark, generation, number, length; then xxh3 of all before
+_SUM_BYTES = 8
 _MARK = b"kvjaxB1\n"
 _HEAD = struct.Struct("<qq")  # bytes of a payload at most, generation
 
 
 class DamagedBlock(ValueError):
-    """A block that is not what was written: where it is, and what is wrong with it."""
+    """A block that is not what was written: where it is, and what is wrong with it.
+
+    number: of the block, where there is one.
+    """
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        """Takes what it says."""
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +65,7 @@ class BlockFile:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    @property
+    @functools.cached_property
     def stride(self) -> int:
         """The bytes of a block in the file."""
         return stride_of(self.block_bytes)
@@ -108,18 +115,20 @@ class BlockFile:
             DamagedBlock: as `read`.
             OSError: where the disk fails.
         """
-        return next(self.read_run(number, 1, place))
+        return self.read_run(number, 1, place)[0]
 
-    def read_run(self, number: int, n: int, place: memoryview) -> Iterator[memoryview]:
-        """Reads n neighbouring blocks at once and yields their payloads; raises as `read_into`."""
-        done, size, start = 0, n * self.stride, (number + 1) * self.stride
+    def read_run(self, number: int, n: int, place: memoryview) -> list[memoryview]:
+        """Reads n neighbouring blocks at once and returns their payloads; raises as `read_into`."""
+        stride = self.stride
+        done, size, start = 0, n * stride, (number + 1) * stride
         while done < size and (some := os.preadv(self.reader, [place[done:size]], start + done)):
             done += some
             if done % ALIGN:  # cut short: no read past the cache begins within a page
                 break
-        for i in range(n):
-            raw = place[i * self.stride : min(done, (i + 1) * self.stride)]
-            yield _opened(raw, number + i, self.generation, self.stride, self.path)
+        return [self._opened(place[i * stride : min(done, (i + 1) * stride)], number + i) for i in range(n)]
+
+    def _opened(self, raw: memoryview, number: int) -> memoryview:
+        return _opened(raw, number, self.generation, self.stride, self.path)
 
 
 def create(path: Path, block_bytes: int, generation: int) -> BlockFile:
@@ -152,7 +161,7 @@ def open_blocks(path: Path, *, writable: bool = False) -> BlockFile:
     handle = os.open(path, os.O_RDWR if writable else os.O_RDONLY)
     try:
         raw = os.pread(handle, ALIGN, 0)
-        generation = _SEAL.unpack_from(raw, ALIGN - _TAIL)[1] if len(raw) == ALIGN else 0
+        generation = _SEAL.unpack_from(raw, ALIGN - _SEAL.size)[1] if len(raw) == ALIGN else 0
         sizes = _opened(raw, -1, generation, ALIGN, path)
         block_bytes, generation = _HEAD.unpack(sizes)
     except BaseException:
@@ -173,26 +182,27 @@ def _reader(path: Path, handle: int) -> tuple[int, bool]:
 
 def stride_of(block_bytes: int) -> int:
     """Returns the bytes that a block takes in its file."""
-    return -(-(block_bytes + _TAIL) // ALIGN) * ALIGN
+    return -(-(block_bytes + _SEAL.size) // ALIGN) * ALIGN
 
 
 def _sealed(payload: bytes | memoryview, number: int, generation: int, stride: int) -> bytes:
-    body = bytes(payload).ljust(stride - _TAIL, b"\0") + _SEAL.pack(_MARK, generation, number, len(payload))
-    return body + _SUM.pack(xxhash.xxh3_64_intdigest(body))
+    seal = _SEAL.pack(_MARK, generation, number, len(payload), 0)[:-_SUM_BYTES]
+    body = bytes(payload).ljust(stride - _SEAL.size, b"\0") + seal
+    return body + xxhash.xxh3_64_intdigest(body).to_bytes(_SUM_BYTES, "little")
 
 
 def _opened(raw: bytes | memoryview, number: int, generation: int, stride: int, path: Path) -> memoryview:
-    where = f"block {number} of {str(path)!r}"
     if len(raw) != stride:
-        raise DamagedBlock(f"a block has {stride} bytes on disk, got {len(raw)} of {where}: it is cut short")
-    if _SUM.unpack_from(raw, stride - _SUM.size)[0] != xxhash.xxh3_64_intdigest(raw[: -_SUM.size]):
-        raise DamagedBlock(f"a block has the checksum of its bytes, got another in {where}: it is damaged")
-    mark, found, place, length = _SEAL.unpack_from(raw, stride - _TAIL)
-    if (mark, found, place) != (_MARK, generation, number) or length > stride - _TAIL:
-        raise DamagedBlock(
-            f"a block has its own place and generation, got {place} of {found} in {where} of {generation}"
-        )
-    return memoryview(raw)[:length]
+        wrong = f"has {stride} bytes on disk, got {len(raw)} of {{}}: it is cut short"
+    else:
+        mark, found, place, length, digest = _SEAL.unpack_from(raw, stride - _SEAL.size)
+        if digest != xxhash.xxh3_64_intdigest(raw[:-_SUM_BYTES]):
+            wrong = "has the checksum of its bytes, got another in {}: it is damaged"
+        elif (mark, found, place) != (_MARK, generation, number) or length > stride - _SEAL.size:
+            wrong = f"has its own place and generation, got {place} of {found} in {{}} of {generation}"
+        else:
+            return memoryview(raw)[:length]
+    raise DamagedBlock("a block " + wrong.format(f"block {number} of {str(path)!r}"), number)
 
 
 def _put(handle: int, number: int, raw: bytes) -> None:

@@ -13,7 +13,7 @@ import contextlib
 import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -131,29 +131,31 @@ class ChunkFiles:
         """Returns a chunk that waits to be written."""
         return self._unwritten.get(number)
 
-    def read_into(self, number: int, place: memoryview) -> None:
-        """Reads a chunk as it is to the beginning of `place`, a stride of bytes.
+    def read_into(self, numbers: list[int], places: list[memoryview]) -> None:
+        """Reads chunks as they are, each to the beginning of a place, a stride of bytes.
 
         Raises:
-            DamagedBlock: which names its tokens.
+            DamagedBlock: which names the tokens of the first that is damaged.
             OSError: where the disk fails.
         """
-        self._named(number, lambda: self.whole.read_into(number, place))
-        self._count(read_bytes=self.layout.stride)
+        with self._named():
+            for number, place in zip(numbers, places, strict=True):
+                self.whole.read_into(number, place)
+        self._count(read_bytes=len(numbers) * self.layout.stride)
 
     def read4(self, number: int, room: memoryview) -> Float[np.ndarray, "P 2 D"]:
         """Returns a chunk from its 4 bits, which are read into `room`; raises as `read_into`."""
-        found = self._named(number, lambda: self.small.read_into(number, room[: self.small.stride]))
+        with self._named():
+            found = self.small.read_into(number, room[: self.small.stride])
         self._count(read4_bytes=self.small.stride)
         return decode4(found, self.layout.rows, self.layout.dtype)
 
-    def read(self, numbers: list[int]) -> Iterator[Float[np.ndarray, "P 2 D"]]:
-        """Yields chunks as they are, each valid until the next one is asked for; raises as `read_into`.
-
-        Neighbours on disk are read together.
-        """
+    def copy(self, numbers: list[int], to: np.ndarray, out: Float[np.ndarray, "N P 2 D"]) -> None:
+        """Copies chunks as they are to out[to], neighbours on disk at once; raises as `read_into`."""
         layout, most = self.layout, max(1, _RUN // self.layout.stride)
         room, at = self.room(max(1, min(most, len(numbers)))), 0
+        blocks = np.frombuffer(room, np.uint8).reshape(-1, layout.stride)[:, : layout.chunk_bytes]
+        rows = blocks.view(layout.dtype).reshape(-1, *layout.rows)
         while at < len(numbers):
             n, found = 0, None
             for number in numbers[at : at + most]:
@@ -161,22 +163,22 @@ class ChunkFiles:
                     break
                 n += 1
             if not n:
-                yield found
+                out[to[at]] = found
                 at += 1
                 continue
-            read = self.whole.read_run(numbers[at], n, room)
-            for number in numbers[at : at + n]:
-                raw = self._named(number, lambda read=read: next(read))
-                yield np.frombuffer(raw, layout.dtype).reshape(layout.rows)
+            with self._named():
+                self.whole.read_run(numbers[at], n, room)
+            out[to[at : at + n]] = rows[:n]
             self._count(read_bytes=n * layout.stride)
             at += n
 
-    def _named(self, number: int, read: Callable[[], Any]) -> Any:
-        """Reads a chunk, and says which tokens it holds where it is damaged."""
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Says which tokens a chunk holds that is damaged."""
         try:
-            return read()
+            yield
         except DamagedBlock as error:
-            raise DamagedBlock(f"{self.layout.named(number)}: {error}") from error
+            raise DamagedBlock(f"{self.layout.named(error.number)}: {error}", error.number) from error
 
     def _count(self, **n_bytes: int) -> None:
         """Adds to the bytes that have been read."""

@@ -22,10 +22,12 @@ from kvjax.blocks import BlockFile
 from kvjax.chunk_files import ChunkFiles, Layout
 from kvjax.chunk_pool import ChunkPool
 from kvjax.disk_pace import Pace, Traffic
+from kvjax.disk_threads import Threads
 
 __all__ = ["Store"]
 
 _TASKS = 16  # that one call gives the threads
+_ALONE = 2**20  # bytes that are worth a thread to copy
 _PART = 1024  # chunks that are brought together where a whole layer is read
 
 
@@ -34,7 +36,7 @@ class Store:
 
     def __init__(
         self, layout: Layout, n_pool: int, files: tuple[BlockFile, BlockFile | None],
-        threads: ThreadPoolExecutor, pace: Pace, landing: np.ndarray | None = None,
+        threads: Threads, pace: Pace, landing: np.ndarray | None = None,
         rooms: list[np.ndarray] | None = None,
     ) -> None:  # fmt: skip
         """Takes files that hold what was sealed before, or nothing.
@@ -45,7 +47,7 @@ class Store:
         rooms: memory for a whole layer that `expect_all` takes, of stores that are alike.
         """
         self.layout, self.traffic, self.pace = layout, Traffic(), pace
-        self.files = ChunkFiles(layout, *files, threads, self.traffic)
+        self.files = ChunkFiles(layout, *files, threads.behind, self.traffic)
         self.pool = ChunkPool(layout, n_pool)
         self.end = np.zeros((layout.batch, layout.n_heads), np.int64)  # slots that are here
         self.tail = np.zeros((layout.batch, layout.n_heads, *layout.rows), layout.dtype)
@@ -100,7 +102,7 @@ class Store:
                 part = slice(start, start + len(pool))
                 self._bring(wanted[part], count[part])
                 here = full & (pool.place[number] >= 0)
-                out[here] = leaves[pool.place[number[here]], inside[here]]
+                self._gather(leaves, pool.place[number], inside, np.flatnonzero(here), out)
                 full &= ~here
             last = there & (number < 0)
             tails = self.tail.reshape(*self.tail.shape[:2], -1, *leaves.shape[2:])
@@ -121,7 +123,7 @@ class Store:
                 best = np.argsort(-count, kind="stable")[:most]
                 number, count = number[best], count[best]
             if len(number):
-                self._start(number, count)
+                self._start(number, count, self._threads.behind)
                 self.pool.early[self.pool.place[number]] = True
 
     def expect_all(self) -> None:
@@ -130,7 +132,8 @@ class Store:
             shape = (self.layout.n_blocks, *self.layout.rows)
             room = self._rooms.pop() if self._rooms else np.empty(shape, self.layout.dtype)
             numbers = self.layout.full(self.end)
-            self._whole = room, self._copied(numbers, numbers, room), len(numbers)
+            tasks = self._copied(numbers, numbers, room, self._threads.behind)
+            self._whole = room, tasks, len(numbers)
 
     def read_past(self, row: np.ndarray, head: np.ndarray, chunk: np.ndarray) -> Float[np.ndarray, "M P 2 D"]:
         """Returns whole chunks as they were given, -1 for none, and leaves the pool as it is.
@@ -142,11 +145,12 @@ class Store:
             last = self.end[row, head] // self.layout.chunk
             full = (chunk >= 0) & (chunk < last)
             number, to = self.layout.number(row, head, chunk)[full], np.flatnonzero(full)
-            room, tasks, left = self._whole or (None, self._copied(number, to, out), 0)
+            threads = self._threads.waited_for
+            room, tasks, left = self._whole or (None, self._copied(number, to, out, threads), 0)
             for task in tasks:
                 task.result()
             if room is not None:
-                for task in self._copied(number, to, out, room):
+                for task in self._copied(number, to, out, threads, room):
                     task.result()
                 left -= len(number)
                 self._whole = (room, [], left) if left > 0 else None
@@ -218,6 +222,20 @@ class Store:
             return np.zeros(shape, self.layout.dtype)
         return self._landing[:n_bytes].view(self.layout.dtype).reshape(shape)
 
+    def _gather(
+        self, leaves: np.ndarray, place: np.ndarray, inside: np.ndarray, to: np.ndarray, out: np.ndarray
+    ) -> None:
+        """Copies leaves of the pool to out[to], by as many threads as there are parts of `_ALONE` bytes."""
+
+        def copy(part: np.ndarray) -> None:
+            out[part] = leaves[place[part], inside[part]]
+
+        n = min(_TASKS, len(to) * out[:1].nbytes // _ALONE)
+        if n < 2:
+            copy(to)
+        else:
+            list(self._threads.waited_for.map(copy, np.array_split(to, n)))
+
     def _seal(self, row: int, chunk: int) -> None:
         """Has a full chunk of every head of a row written, and puts it into the pool."""
         numbers, data = self.layout.number(row, np.arange(self.layout.n_heads), chunk), self.tail[row].copy()
@@ -230,12 +248,11 @@ class Store:
 
         What `_bring` asks for at this time is not touched; what threads still read, as a last resort.
         """
-        for n in [n for n, task in self._coming.items() if task.done()]:
-            self._finish(n)
+        done = {task for task in set(self._coming.values()) if task.done()}
+        self._finish([n for n, task in self._coming.items() if task in done])
         places = self.pool.oldest(len(numbers), list(self._coming))
         if np.isin(places, self.pool.place[list(self._coming)]).any():
-            for n in list(self._coming):
-                self._finish(n)
+            self._finish(list(self._coming))
         self.pool.give(places, numbers)
         return places
 
@@ -249,21 +266,23 @@ class Store:
         self.pool.early[held] = False
         started = time.perf_counter()
         if fresh.any():
-            self._start(numbers[fresh], count[fresh])
-        for n in numbers.tolist():
-            self._finish(n)
+            self._start(numbers[fresh], count[fresh], self._threads.waited_for)
+        self._finish(numbers.tolist())
         waited = time.perf_counter() - started
         self.traffic.waited_s += waited
         self.pace.read(int(fresh.sum()) * self.layout.stride, waited)
 
-    def _finish(self, number: int) -> None:
-        """Waits for a chunk if a thread reads it; forgets it if that failed, and raises why."""
-        task = self._coming.pop(number, None)
-        if task is not None and (error := task.exception()) is not None:
-            self.pool.drop(number)
+    def _finish(self, numbers: list[int]) -> None:
+        """Waits for those chunks that threads read; forgets them if that failed, and raises why."""
+        under_way = {n: self._coming.pop(n) for n in numbers if n in self._coming}
+        failed = {task: error for task in set(under_way.values()) if (error := task.exception()) is not None}
+        for n, task in under_way.items():
+            if task in failed:
+                self.pool.drop(n)
+        for error in failed.values():
             raise error
 
-    def _start(self, numbers: np.ndarray, count: np.ndarray) -> None:
+    def _start(self, numbers: np.ndarray, count: np.ndarray, threads: ThreadPoolExecutor) -> None:
         """Has threads read chunks that are not in the pool, as many in 4 bits as the time asks for."""
         small = np.zeros(len(numbers), bool)
         if (file := self.files.small) is not None:
@@ -272,26 +291,27 @@ class Store:
         places = self._take(numbers)
         self.pool.coarse[places] = small
         for part in np.array_split(np.arange(len(numbers)), min(len(numbers), _TASKS)):
-            task = self._threads.submit(self._load, numbers[part], places[part], small[part])
+            task = threads.submit(self._load, numbers[part], places[part], small[part])
             self._coming.update(dict.fromkeys(numbers[part].tolist(), task))
 
     def _load(self, numbers: np.ndarray, places: np.ndarray, small: np.ndarray) -> None:
         """Reads chunks into their places; runs in a thread."""
-        room = self.files.room() if small.any() else None
+        room, whole = self.files.room() if small.any() else None, {}
         for number, place, few in zip(numbers.tolist(), places.tolist(), small.tolist(), strict=True):
             if (found := self.files.waiting(number)) is not None:
                 self.pool.rows[place], self.pool.coarse[place] = found, False
             elif few:
                 self.pool.rows[place] = self.files.read4(number, room)
             else:
-                self.files.read_into(number, self.pool.memory(place))
+                whole[number] = self.pool.memory(place)
+        self.files.read_into(list(whole), list(whole.values()))
 
     def _copied(
-        self, numbers: np.ndarray, to: np.ndarray, out: np.ndarray, room: np.ndarray | None = None
-    ) -> list[Future]:
+        self, numbers: np.ndarray, to: np.ndarray, out: np.ndarray, threads: ThreadPoolExecutor,
+        room: np.ndarray | None = None,
+    ) -> list[Future]:  # fmt: skip
         """Has threads copy chunks to out[to] from the pool and the disk, or from a room for all of them."""
-        for n in list(self._coming):
-            self._finish(n)
+        self._finish(list(self._coming))
         if room is None:
             place = self.pool.place[numbers]
             place, room = np.where(self.pool.coarse[place], -1, place), self.pool.rows
@@ -299,7 +319,7 @@ class Store:
             place = numbers
         parts = np.array_split(np.arange(len(numbers)), _TASKS)
         tasks = ((numbers[i], place[i], to[i]) for i in parts if len(i))
-        return [self._threads.submit(self._copy, *task, room, out) for task in tasks]
+        return [threads.submit(self._copy, *task, room, out) for task in tasks]
 
     def _copy(
         self, numbers: np.ndarray, places: np.ndarray, to: np.ndarray, room: np.ndarray, out: np.ndarray
@@ -307,5 +327,4 @@ class Store:
         """Copies chunks from their places in host memory, or reads them past it; runs in a thread."""
         here = places >= 0
         out[to[here]] = room[places[here]]
-        for i, found in zip(to[~here].tolist(), self.files.read(numbers[~here].tolist()), strict=True):
-            out[i] = found
+        self.files.copy(numbers[~here].tolist(), to[~here], out)

@@ -11,7 +11,6 @@ Source: LeoAM (arXiv 2506.20187), its three tiers.
 import contextlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
@@ -28,13 +27,14 @@ from kvjax.chunk_codes import bytes4
 from kvjax.chunk_files import Layout
 from kvjax.chunk_store import Store
 from kvjax.disk_pace import Pace, Traffic
+from kvjax.disk_threads import Threads
 from kvjax.shapes import Leaf
 from pallas_kernels.backend import call_host
 from pallas_kernels.host import pinned
 
 __all__ = ["Disk", "Remote", "append", "attach", "check", "expect", "fetch", "traffic"]
 
-_THREADS = 16
+_THREADS = 16  # of each kind
 _LANDING = 2**26  # bytes of a result that a GPU copies from pinned memory; its stream asks for one at a time
 
 
@@ -60,7 +60,7 @@ class Disk:
     lock: TextIO
     stores: dict[int, Store] = field(default_factory=dict)  # by layer
     numbers: dict[int, Store] = field(default_factory=dict)
-    threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_THREADS))
+    threads: Threads = field(default_factory=lambda: Threads(_THREADS))
     pace: Pace = field(default_factory=Pace)
     landing: np.ndarray | None = field(default_factory=lambda: pinned(_LANDING))
     rooms: list[np.ndarray] = field(default_factory=list)

@@ -41,7 +41,7 @@ def test_every_fault_is_survived_and_tried_once(tmp_path, monkeypatch):
 
 def test_damage_that_nobody_notices_is_not_survived(tmp_path, monkeypatch):
     def unchecked(raw, number, generation, stride, path):
-        return memoryview(raw)[: blocks._SEAL.unpack_from(raw, stride - blocks._TAIL)[3]]
+        return memoryview(raw)[: blocks._SEAL.unpack_from(raw, stride - blocks._SEAL.size)[3]]
 
     tried = leoam_fault_disk.DiskFaults(leoam_faults.Faults(), tmp_path.resolve())
     run = {(fault, case): run for fault, case, run in tried.each()}["flipped", "chunk 0"]

@@ -6,8 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import hypothesis.strategies as st
 import numpy as np
@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from method_cases import MODELS
 
 import kvjax
-from kvjax import blocks, disk, reading, tiers
+from kvjax import blocks, chunk_store, disk, reading, tiers
 from kvjax.blocks import DamagedBlock
 from kvjax.chunk_codes import bytes4
 from kvjax.chunk_files import Layout
 from kvjax.chunk_store import Store
 from kvjax.contexts import load_context, recover_context, save_context
 from kvjax.disk_pace import Pace
+from kvjax.disk_threads import Threads
 from kvjax.methods import layers
 from kvjax.methods.leoam import LeoAM
 from pallas_kernels.host import on_host
@@ -105,7 +106,7 @@ def store(folder, n_pool, *, int4=False, threads=4):
         blocks.create(folder / "a", LAYOUT.chunk_bytes, 1),
         blocks.create(folder / "b", bytes4(LAYOUT.rows), 1) if int4 else None,
     )
-    return Store(LAYOUT, n_pool, files, ThreadPoolExecutor(threads), Pace())
+    return Store(LAYOUT, n_pool, files, Threads(threads), Pace())
 
 
 def append(one, n):
@@ -143,19 +144,40 @@ def test_a_store_gives_back_what_it_was_given(tmp_path_factory, data):
     one.close()
 
 
+def test_what_is_waited_for_does_not_queue_behind_what_is_read_ahead(tmp_path, monkeypatch):
+    monkeypatch.setattr(chunk_store, "_ALONE", 1000)  # so that threads copy as well
+    one, gate = store(tmp_path, 6, threads=2), threading.Event()
+    append(one, 100)
+    one.sync()
+    for _ in range(2):
+        one._threads.behind.submit(gate.wait)
+    one.expect(np.zeros(2, int), np.zeros(2, int), np.arange(2), 16)  # has no thread yet
+    row, head, leaf = np.ones(4, int), np.arange(4) % 3, np.array([0, 1, 2, 5])
+    timer = threading.Timer(20, gate.set)
+    timer.start()
+    found = one.read(row, head, leaf, 16)
+    assert not gate.is_set()
+    for i in range(4):
+        np.testing.assert_array_equal(found[i], ROWS[1, head[i], 16 * leaf[i] : 16 * leaf[i] + 16])
+    gate.set()
+    timer.cancel()
+    one.close()
+
+
 def test_neighbours_are_read_at_once_and_each_is_checked(tmp_path, monkeypatch):
     one, reads, preadv = store(tmp_path, 6), [], os.preadv
     append(one, 100)  # 6 full chunks of each head
     one.sync()
     monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args[2]) or preadv(*args))
     numbers = [LAYOUT.number(1, 2, chunk) for chunk in (0, 1, 2, 4, 5)]  # 3 is left out
-    found = [rows.copy() for rows in one.files.read(numbers)]
+    found = np.zeros((5, *LAYOUT.rows), LAYOUT.dtype)
+    one.files.copy(numbers, np.arange(5)[::-1], found)
     assert len(reads) == 2
-    for chunk, rows in zip((0, 1, 2, 4, 5), found, strict=True):
+    for chunk, rows in zip((0, 1, 2, 4, 5), found[::-1], strict=True):
         np.testing.assert_array_equal(rows, ROWS[1, 2, 16 * chunk : 16 * chunk + 16])
     flipped(tmp_path / "a", (numbers[1] + 1) * LAYOUT.stride + 50)
     with pytest.raises(DamagedBlock, match="tokens 16 to 31 of KV head 2, row 1"):
-        list(one.files.read(numbers))
+        one.files.copy(numbers, np.arange(5), found)
     one.close()
 
 
