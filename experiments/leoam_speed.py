@@ -98,9 +98,8 @@ def speed(settings: Speed) -> int:
     words += map(shlex.quote, options.as_arguments(settings, skip=("out", "disk")))
     stored = results.start("leoam_speed", settings.seed, None, settings.out, " ".join(words))
     stored = _bandwidths(settings, stored)
-    for i, case in enumerate(cases):
-        stored = _case(settings, stored, case)
-        stored = stored.claim(_claims(settings, stored, cases[: i + 1]))
+    for case in cases:
+        stored = _case(settings, stored, case, cases)
     print(stored.path)
     return 0
 
@@ -118,8 +117,8 @@ def _bandwidths(settings: Speed, stored: Results) -> Results:
     return stored
 
 
-def _case(settings: Speed, stored: Results, case: Case) -> Results:
-    """Times every name on the same files."""
+def _case(settings: Speed, stored: Results, case: Case, cases: Sequence[Case]) -> Results:
+    """Times every name on the same files; what the rows of all cases say is claimed with each."""
     missing = [name for name in settings.names if stored.find(case.row("decode", name)) is None]
     seen = _seen(settings, case)
     if missing:
@@ -130,6 +129,7 @@ def _case(settings: Speed, stored: Results, case: Case) -> Results:
     for name in settings.names:
         if name in missing:
             stored = stored.add(case.row("decode", name), _timed(settings, case, name, model, seen))
+            stored = stored.claim(_claims(settings, stored, cases))
             Disk.close_all()
         row = stored.find(case.row("decode", name))
         print(
@@ -264,17 +264,17 @@ def _parts(moved: dict[str, float], seconds: float, n_steps: int) -> dict[str, f
 
 
 def _claims(settings: Speed, stored: Results, cases: Sequence[Case]) -> dict[str, float]:
-    """Returns how many times as long the others' steps take as those of the first LeoAM."""
+    """Returns how many times as long the others' steps take as those of the first LeoAM, where stored."""
     own = next((name for name in settings.names if name.startswith("leoam")), None)
     if own is None:
         return {}
-    claims, ratios = {}, []
+    found, ratios = {}, []
     for case in cases:
-        rows = {name: stored.find(case.row("decode", name)) for name in settings.names}
-        for name in set(settings.names) - {own}:
-            claims[f"leoam.speedup_over_{name}_{case.label}"] = rows[name]["step_us"] / rows[own]["step_us"]
-        if "full" in rows:
-            ratios.append(claims[f"leoam.speedup_over_full_{case.label}"])
+        rows = {name: row for name in settings.names if (row := stored.find(case.row("decode", name)))}
+        for name in rows.keys() - {own} if own in rows else ():
+            found[f"leoam.speedup_over_{name}_{case.label}"] = rows[name]["step_us"] / rows[own]["step_us"]
+        if {"full", own} <= rows.keys():
+            ratios.append(found[f"leoam.speedup_over_full_{case.label}"])
             if case.batch == 8 and case.layers is None:
-                claims["leoam.latency_speedup_batch8"] = ratios[-1]
-    return claims | ({"leoam.latency_speedup_mean": float(np.mean(ratios))} if ratios else {})
+                found["leoam.latency_speedup_batch8"] = ratios[-1]
+    return found | ({"leoam.latency_speedup_mean": float(np.mean(ratios))} if ratios else {})

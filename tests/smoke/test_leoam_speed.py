@@ -51,6 +51,24 @@ def test_the_same_command_goes_on_from_its_rows(measured, monkeypatch, capsys):
     assert "found on the device" in capsys.readouterr().out
 
 
+def test_a_run_that_is_cut_off_has_claimed_what_it_timed(measured, tmp_path, monkeypatch):
+    rows = {row["name"]: row for row in measured[1]["rows"] if row["part"] == "decode"}
+
+    def timed(settings, case, name, *more):
+        if name == "fixed":
+            raise KeyboardInterrupt
+        return {k: v for k, v in rows[name].items() if k not in ("settings", *rows[name]["settings"])}
+
+    monkeypatch.setattr(leoam_speed, "_timed", timed)
+    names = ("leoam", "full", "fixed")
+    settings = dataclasses.replace(TINY, names=names, out=tmp_path, disk=tmp_path / "disk")
+    with pytest.raises(KeyboardInterrupt):
+        speed(settings)
+    (path,) = (tmp_path / "leoam_speed").glob("*.json")
+    ratio = rows["full"]["step_us"] / rows["leoam"]["step_us"]
+    assert list(results.load(path)["claims"].values()) == [ratio, ratio]
+
+
 def test_chunks_of_a_fixed_size_may_be_as_many_as_catch_the_same_attention(tmp_path):
     names = ("fixed", "fixed-equal")
     settings = dataclasses.replace(TINY, names=names, out=tmp_path / "out", disk=tmp_path / "disk", equal=0.3)
