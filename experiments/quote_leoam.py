@@ -120,10 +120,11 @@ def _step(r: Mapping[str, Any], own_us: float | None, rate: float) -> str:
     found = (f"{r['hit_rate']:.1%}", f"{r['pooled']:.0%}, {r['expected']:.0%}") if chooses else ("", "")
     again = f"{r['overlap']:.0%}" if chooses and "overlap" in r else ""
     shares = ", ".join(f"{max(r[k], 0):.0%}" for k in ("computing", "disk", "link"))
+    beside = f"{r['step_us'] / own_us:.2f}" if own_us else ""
     return (
         f"| {r['spec'].replace(' bfloat16', '')}, {r['batch']} | {r['name']} | {again} "
         f"| {r['step_us'] / 1e3:,.1f} "
-        f"| {f'{r["step_us"] / own_us:.2f}' if own_us else ''} | {found[0]} | {found[1]} "
+        f"| {beside} | {found[0]} | {found[1]} "
         f"| {r['disk_bytes'] / 2**20:,.0f} | {r['disk_bytes'] / rate * 1e3:,.0f} | {shares} |"
     )
 
