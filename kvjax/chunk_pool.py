@@ -1,13 +1,17 @@
 """Keeps chunks in host memory by their numbers; those that were asked for longest ago make room."""
 
 import mmap
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from kvjax.chunk_files import Layout
 
 __all__ = ["ChunkPool"]
+
+_ALONE = 2**20  # bytes that are worth a thread
+_PARTS = 16  # that one call gives the threads
 
 
 class ChunkPool:
@@ -57,6 +61,25 @@ class ChunkPool:
         self.place[gone[gone >= 0]] = -1
         self._holds[places], self.place[numbers] = numbers, places
         self._used[places], self.coarse[places], self.early[places] = self._now, False, False
+
+    def copy(
+        self, numbers: Int[np.ndarray, " M"], inside: Int[np.ndarray, " M"], to: Int[np.ndarray, " N"],
+        out: Float[np.ndarray, "M P 2 D"], threads: ThreadPoolExecutor,
+    ) -> None:  # fmt: skip
+        """Copies leaves of P slots to out[to], by threads where that is worth it.
+
+        numbers: of each leaf's chunk. inside: the leaf's number in it.
+        """
+        leaves = self.rows.reshape(len(self), -1, *out.shape[1:])
+
+        def some(part: Int[np.ndarray, " I"]) -> None:
+            out[part] = leaves[self.place[numbers[part]], inside[part]]
+
+        n = len(to) * out[:1].nbytes // _ALONE
+        if n < 2:
+            some(to)
+        else:
+            list(threads.map(some, np.array_split(to, min(n, _PARTS))))
 
     def drop(self, number: int) -> None:
         """Frees the place of a chunk."""

@@ -27,7 +27,6 @@ from kvjax.disk_threads import Threads
 __all__ = ["Store"]
 
 _TASKS = 16  # that one call gives the threads
-_ALONE = 2**20  # bytes that are worth a thread to copy
 _PART = 1024  # chunks that are brought together where a whole layer is read
 
 
@@ -96,16 +95,15 @@ class Store:
             there = (leaf >= 0) & (first < self.end[row, head])
             full = there & (chunk < self.end[row, head] // chunk_size)
             number = np.where(full, self.layout.number(row, head, chunk), -1)
-            leaves = pool.rows.reshape(len(pool), -1, size, *self.layout.rows[1:])
             wanted, count = np.unique(number[full], return_counts=True)
             for start in range(0, len(wanted), len(pool)):
                 part = slice(start, start + len(pool))
                 self._bring(wanted[part], count[part])
                 here = full & (pool.place[number] >= 0)
-                self._gather(leaves, pool.place[number], inside, np.flatnonzero(here), out)
+                pool.copy(number, inside, np.flatnonzero(here), out, self._threads.waited_for)
                 full &= ~here
             last = there & (number < 0)
-            tails = self.tail.reshape(*self.tail.shape[:2], -1, *leaves.shape[2:])
+            tails = self.tail.reshape(*self.tail.shape[:2], -1, *out.shape[1:])
             out[last] = tails[row[last], head[last], inside[last]]
             self.traffic.sent_bytes += int(there.sum()) * out[:1].nbytes
         return out
@@ -221,20 +219,6 @@ class Store:
         if self._landing is None or n_bytes > self._landing.size:
             return np.zeros(shape, self.layout.dtype)
         return self._landing[:n_bytes].view(self.layout.dtype).reshape(shape)
-
-    def _gather(
-        self, leaves: np.ndarray, place: np.ndarray, inside: np.ndarray, to: np.ndarray, out: np.ndarray
-    ) -> None:
-        """Copies leaves of the pool to out[to], by as many threads as there are parts of `_ALONE` bytes."""
-
-        def copy(part: np.ndarray) -> None:
-            out[part] = leaves[place[part], inside[part]]
-
-        n = min(_TASKS, len(to) * out[:1].nbytes // _ALONE)
-        if n < 2:
-            copy(to)
-        else:
-            list(self._threads.waited_for.map(copy, np.array_split(to, n)))
 
     def _seal(self, row: int, chunk: int) -> None:
         """Has a full chunk of every head of a row written, and puts it into the pool."""

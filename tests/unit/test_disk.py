@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from method_cases import MODELS
 
 import kvjax
-from kvjax import blocks, chunk_store, disk, reading, tiers
+from kvjax import blocks, chunk_pool, disk, reading, tiers
 from kvjax.blocks import DamagedBlock
 from kvjax.chunk_codes import bytes4
 from kvjax.chunk_files import Layout
@@ -145,7 +145,7 @@ def test_a_store_gives_back_what_it_was_given(tmp_path_factory, data):
 
 
 def test_what_is_waited_for_does_not_queue_behind_what_is_read_ahead(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunk_store, "_ALONE", 1000)  # so that threads copy as well
+    monkeypatch.setattr(chunk_pool, "_ALONE", 1000)  # so that threads copy as well
     one, gate = store(tmp_path, 6, threads=2), threading.Event()
     append(one, 100)
     one.sync()
