@@ -125,10 +125,9 @@ class BlockFile:
             done += some
             if done % ALIGN:  # cut short: no read past the cache begins within a page
                 break
-        return [self._opened(place[i * stride : min(done, (i + 1) * stride)], number + i) for i in range(n)]
-
-    def _opened(self, raw: memoryview, number: int) -> memoryview:
-        return _opened(raw, number, self.generation, self.stride, self.path)
+        ends = (min(done, (i + 1) * stride) for i in range(n))
+        parts = [place[i * stride : end] for i, end in enumerate(ends)]
+        return [_opened(raw, number + i, self.generation, stride, self.path) for i, raw in enumerate(parts)]
 
 
 def create(path: Path, block_bytes: int, generation: int) -> BlockFile:

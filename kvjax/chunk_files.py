@@ -154,8 +154,8 @@ class ChunkFiles:
         """Copies chunks as they are to out[to], neighbours on disk at once; raises as `read_into`."""
         layout, most = self.layout, max(1, _RUN // self.layout.stride)
         room, at = self.room(max(1, min(most, len(numbers)))), 0
-        blocks = np.frombuffer(room, np.uint8).reshape(-1, layout.stride)[:, : layout.chunk_bytes]
-        rows = blocks.view(layout.dtype).reshape(-1, *layout.rows)
+        payloads = np.frombuffer(room, np.uint8).reshape(-1, layout.stride)[:, : layout.chunk_bytes]
+        rows = payloads.view(layout.dtype).reshape(-1, *layout.rows)
         while at < len(numbers):
             n, found = 0, None
             for number in numbers[at : at + most]:
