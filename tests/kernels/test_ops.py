@@ -8,11 +8,11 @@ from pallas_kernels import backend
 from pallas_kernels.backend import Target, aim
 from pallas_kernels.registry import ops
 
+# `make test` takes every third of an op's, the long tests the rest.
 CASES = [
-    pytest.param(op, spec, id=f"{name}-{spec.name}")
+    pytest.param(op, spec, id=f"{name}-{spec.name}", marks=[pytest.mark.long] if i % 3 else [])
     for name, op in ops().items()
-    for spec in op.specs
-    if "test" in spec.uses
+    for i, spec in enumerate(spec for spec in op.specs if "test" in spec.uses)
 ]
 # Backward shows programs that count on those before; forward is what methods are run with, in the laws.
 TARGETS = {

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import long_tests
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -288,6 +289,13 @@ def test_rule_holds(rule):
 def test_inheritance_holds():
     if problems := "\n".join(inheritance_is_one_level(python_files(*PACKAGES))):
         pytest.fail(problems, pytrace=False)
+
+
+def test_long_tests_exist():
+    for name in long_tests.NAMES.split():
+        file, _, function = name.partition("::")
+        named = re.compile("def " + re.split(r"\\\[|\.\*", function)[0])
+        assert named.search((ROOT / "tests" / file).read_text(encoding="utf-8")), name
 
 
 def test_no_place_is_named_in_what_is_committed():
